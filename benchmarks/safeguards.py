@@ -29,7 +29,7 @@ from packhorse.trainer.data.digest import require_intact
 from packhorse.trainer.data.prepare import prepare
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.utils import lease, time_limit
-from packhorse.trainer.utils.files import append_json_lines
+from packhorse.trainer.utils.json_lines import append_json_lines
 
 CALLS = 20_000  # of each safeguard by itself
 

@@ -102,7 +102,7 @@ def train(
     code = _run("train", recipe, *_overrides(changes), *options, logs=run_dir / "logs")[0]
 
     from packhorse.trainer.checkpoint import best, checkpoint
-    from packhorse.trainer.utils.files import read_json_lines
+    from packhorse.trainer.utils.json_lines import read_json_lines
 
     lines = read_json_lines(run_dir / "metrics.jsonl", skip_damaged=True)
     saved = checkpoint.find(run_dir)

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.cluster.hosts import Hosts, hosts
 from tests.power_cut import drop_unsynced, sizes
 from tests.ranks import ROOT

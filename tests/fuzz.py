@@ -158,7 +158,7 @@ def _altered(tree: dict[str, Any], data: bytes) -> dict[str, Any]:
 
 
 def side_file(data: bytes) -> None:
-    from packhorse.trainer.utils.files import cut_json_lines, read_json_lines
+    from packhorse.trainer.utils.json_lines import cut_json_lines, read_json_lines
 
     path = _file("x.jsonl", b'{"step": 1}\n' + data)
     cut_json_lines(path, lambda line: line["step"] <= 1)

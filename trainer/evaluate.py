@@ -27,7 +27,7 @@ from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import write_stop
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 
 
 def evaluate_model(recipe: Recipe, out: Path, step: int) -> None:

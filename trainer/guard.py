@@ -16,7 +16,7 @@ from typing import Literal
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import GuardSection
-from packhorse.trainer.utils.files import append_json_lines, cut_json_lines, read_json_lines
+from packhorse.trainer.utils.json_lines import append_json_lines, cut_json_lines, read_json_lines
 from packhorse.trainer.utils.log_lines import check_skipped
 
 WINDOW = 50  # losses whose median is the usual one

@@ -19,7 +19,7 @@ import torch
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import Batch, StepPlan, StepResult
 from packhorse.trainer.trackers import Trackers
-from packhorse.trainer.utils.files import append_json_lines, cut_json_lines, read_json_lines
+from packhorse.trainer.utils.json_lines import append_json_lines, cut_json_lines, read_json_lines
 from packhorse.trainer.utils.log_lines import LOGS, check_evaluation
 
 # Dense bf16 FLOP/s from the makers' data sheets. The longest name that a device's name contains

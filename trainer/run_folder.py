@@ -43,13 +43,8 @@ from packhorse.trainer.data.shard_log import LOG
 from packhorse.trainer.datatypes import FILLER, STOP_FILE, BadInput, Batch, StepResult
 from packhorse.trainer.metrics import EVALUATIONS, PARTS, Metrics
 from packhorse.trainer.trackers import IDS
-from packhorse.trainer.utils.files import (
-    append_json_lines,
-    read_json_file,
-    read_json_lines,
-    write_json,
-    write_synced,
-)
+from packhorse.trainer.utils.files import read_json_file, write_json, write_synced
+from packhorse.trainer.utils.json_lines import append_json_lines, read_json_lines
 from packhorse.trainer.utils.log_lines import check_summary
 
 if TYPE_CHECKING:  # what reads a run needs no DeepSpeed

@@ -63,11 +63,12 @@ from packhorse.trainer.metrics import EVALUATIONS, Metrics, Profiler
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers, open_trackers
-from packhorse.trainer.utils.files import Stopped, sync_file
+from packhorse.trainer.utils.files import sync_file
 from packhorse.trainer.utils.lease import owned
 from packhorse.trainer.utils.log_lines import LOGS
 from packhorse.trainer.utils.numa import bind_to_numa_node
 from packhorse.trainer.utils.progress import Progress
+from packhorse.trainer.utils.staged_build import Stopped
 
 
 def train(recipe: Recipe, *, extend: bool = False) -> None:

@@ -39,7 +39,8 @@ from get_smollm2 import get  # noqa: E402
 from packhorse.trainer.config.packaged import MAIN  # noqa: E402
 from packhorse.trainer.config.recipe import Recipe, load_recipe  # noqa: E402
 from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput  # noqa: E402
-from packhorse.trainer.utils.files import read_json_lines, replace_file  # noqa: E402
+from packhorse.trainer.utils.files import replace_file  # noqa: E402
+from packhorse.trainer.utils.json_lines import read_json_lines  # noqa: E402
 
 BASE = "recipes/experiments/base.yaml"
 PAGE = ROOT / "docs" / "experiments.md"

@@ -20,7 +20,7 @@ from catalogue import EXPERIMENTS, Experiment, Run, runs
 
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.eval.confidence import interval, paired
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 
 FORMAT, ANSWER = "format_accuracy", "answer_accuracy"
 CLEAR = 0.01  # p below which a difference counts: about a dozen comparisons are made

@@ -30,7 +30,7 @@ from packhorse.trainer.config.packaged import MAIN
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.cpu_speed import bf16_slowdown
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 
 RECIPE = "recipes/quickstart.yaml"
 MODEL_CACHE = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()

@@ -15,7 +15,7 @@ import pytest
 
 from packhorse import __version__
 from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.cluster.engine import IMAGE, NETWORK, Engine, engine
 from tests.ranks import ROOT
 

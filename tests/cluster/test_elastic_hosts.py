@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.cluster.hosts import Hosts, hosts
 
 pytestmark = pytest.mark.cluster

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.cluster.hosts import Hosts, hosts
 from tests.cluster.test_elastic_hosts import wait_for_step
 from tests.pods import KINDS, Pod, manifests, pods, what_becomes_of

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.cluster.slurm import Slurm, slurm
 from tests.ranks import ROOT
 

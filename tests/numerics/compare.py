@@ -13,7 +13,7 @@ import torch
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.model.load import load_model, load_tokenizer
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.ranks import ROOT, run_ranks
 
 SCALAR_BOUND = 1e-6  # relative, of losses and norms

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.numerics.compare import case
 from tests.ranks import run_ranks
 

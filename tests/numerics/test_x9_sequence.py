@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from packhorse.trainer.checkpoint.hf_export import export
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.numerics.compare import Run, case, difference, report, run_cases
 from tests.numerics.sequence_defects import DEFECTS
 from tests.ranks import ROOT, run_ranks

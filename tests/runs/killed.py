@@ -326,13 +326,13 @@ def _rank(order: Order, rank: int) -> int:
     from packhorse.trainer.cli import main
     from packhorse.trainer.config.recipe import load_recipe
     from packhorse.trainer.data import tokenize
-    from packhorse.trainer.utils import files, lease
+    from packhorse.trainer.utils import lease, staged_build
 
     # nothing may depend on the global generator
     torch.manual_seed(random.SystemRandom().randrange(2**31))
     # a dead process's lock is soon taken over, and this little data has points to continue from
     lease.BEAT_S, lease.STALE_S = 0.1, 1.0
-    tokenize.CHUNK_ROWS, tokenize.SLOW_CHUNK_ROWS, files.SAVE_EVERY_S = 16, 16, 0.0
+    tokenize.CHUNK_ROWS, tokenize.SLOW_CHUNK_ROWS, staged_build.SAVE_EVERY_S = 16, 16, 0.0
     recipe = load_recipe(ROOT / "recipes" / "debug.yaml", tuple(order.overrides))
     run_dir = Path(recipe.run.dir)
     if order.point and rank == order.rank:

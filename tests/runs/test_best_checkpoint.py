@@ -24,7 +24,7 @@ from packhorse.trainer.checkpoint.best import best_step, evaluations
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.compare import difference, read_results
 from packhorse.trainer.report.runs import read_run
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.ranks import ROOT, run_ranks
 
 pytestmark = pytest.mark.runs

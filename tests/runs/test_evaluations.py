@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.runs.killed import ForkServer, Point, Run, assert_same
 
 pytestmark = pytest.mark.runs

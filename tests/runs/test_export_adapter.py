@@ -22,7 +22,7 @@ from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.metrics import EVALUATIONS
 from packhorse.trainer.model.load import load_model, load_tokenizer
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.model_helpers import relative
 from tests.ranks import ROOT, run_ranks
 

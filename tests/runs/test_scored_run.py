@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from tests.judge_server import JudgeServer
 from tests.ranks import ROOT
 

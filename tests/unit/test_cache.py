@@ -22,7 +22,7 @@ from packhorse.trainer.data.kept_packing import keep_packed
 from packhorse.trainer.data.tokenize import LengthPolicy, RowResult, tokenize_rows
 from packhorse.trainer.datatypes import BadInput, Example, Filtered, Packed, Row, RowError
 from packhorse.trainer.utils import lease
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 
 LIMITS = LengthPolicy(100, "reject", packing_cuts=False)
 
@@ -335,7 +335,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import test_cache
 from packhorse.trainer.data import cache, tokenize
-from packhorse.trainer.utils import files
+from packhorse.trainer.utils import staged_build
 
 def slow_tokenize(rows):
     if rows[0].number > 20:
@@ -348,7 +348,7 @@ def chunks(done):
     return tokenize.tokenize_rows(rows, slow_tokenize, test_cache.LIMITS, workers=2)
 
 if __name__ == "__main__":
-    tokenize.CHUNK_ROWS, tokenize.POOL_FROM_CHUNKS, files.SAVE_EVERY_S = 4, 2, 0.0
+    tokenize.CHUNK_ROWS, tokenize.POOL_FROM_CHUNKS, staged_build.SAVE_EVERY_S = 4, 2, 0.0
     names = {"sources": ["a", "b"], "files": ["a", "b"], "what": "x"}
     cache.prepare(Path(sys.argv[1]), chunks, **names, max_rejects=1.0)
 """

@@ -15,16 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from packhorse.trainer.checkpoint.export_folder import apply_umask
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils import files, lease
-from packhorse.trainer.utils.files import (
-    ResumableFiles,
-    Stopped,
-    build_once,
-    cut_json_lines,
-    write_synced,
-)
+from packhorse.trainer.utils import lease, staged_build
+from packhorse.trainer.utils.files import apply_umask, write_synced
+from packhorse.trainer.utils.json_lines import cut_json_lines
+from packhorse.trainer.utils.staged_build import ResumableFiles, Stopped, build_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     monkeypatch.setattr(lease, "STALE_S", 0.5)
-    monkeypatch.setattr(files, "POLL_S", 0.02)
+    monkeypatch.setattr(staged_build, "POLL_S", 0.02)
 
 
 @pytest.fixture
@@ -170,7 +165,7 @@ def test_an_owner_that_was_frozen_gives_way_to_the_one_that_took_over(folder):
 KILLED = """
 import sys, time
 from pathlib import Path
-from packhorse.trainer.utils.files import build_once
+from packhorse.trainer.utils.staged_build import build_once
 
 def build(staging, leftovers, check):
     staging.mkdir()
@@ -248,7 +243,7 @@ def test_a_place_that_cannot_be_a_folder_is_said_in_a_sentence(tmp_path):
 
 def test_other_local_ranks_leave_the_work_to_the_first_for_a_while(folder, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(files, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(staged_build, "PATIENCE_S", 0.3)
     started = time.monotonic()
     build_once(folder, write("at last"), "building")
     assert time.monotonic() - started > 0.3

@@ -20,7 +20,7 @@ from packhorse.trainer.config.parsing import keys_of
 from packhorse.trainer.config.recipe import Recipe, load_recipe, parse_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.openai_client import prompt_tokens_of, text_of
-from packhorse.trainer.utils.files import cut_json_lines, read_json_lines
+from packhorse.trainer.utils.json_lines import cut_json_lines, read_json_lines
 from tests import fuzz
 from tests.ranks import ROOT
 

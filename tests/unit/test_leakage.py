@@ -23,7 +23,7 @@ from packhorse.trainer.data.near_duplicates import (
 )
 from packhorse.trainer.data.prepare import Prepared, prepare
 from packhorse.trainer.datatypes import BadInput, Conversation, Message
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 
 WORDS = [f"word{n}" for n in range(500)]
 

@@ -11,6 +11,7 @@ import pytest
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import files, lease
+from packhorse.trainer.utils.json_lines import append_json_lines, read_json_lines
 from packhorse.trainer.utils.lease import Rival, is_alive, owned, require_owned, take
 from tests.file_lease import leased
 
@@ -21,7 +22,7 @@ OWNER = """
 import sys
 from pathlib import Path
 from packhorse.trainer.utils import lease
-from packhorse.trainer.utils.files import append_json_lines
+from packhorse.trainer.utils.json_lines import append_json_lines, read_json_lines
 lease.BEAT_S = 0.05
 run = Path(sys.argv[1])
 with lease.owned(run):
@@ -70,7 +71,7 @@ def test_a_second_training_is_refused_by_a_sentence(tmp_path, owner):
 def test_one_that_was_frozen_writes_nothing_once_another_has_taken_over(tmp_path, owner):
     owner.send_signal(signal.SIGSTOP)
     with owned(tmp_path):
-        files.append_json_lines(tmp_path / "lines", [{"by": "us"}])
+        append_json_lines(tmp_path / "lines", [{"by": "us"}])
     # the other one has ended, and a third has begun: the numbers may be the same again
     for _ in range(2):
         with owned(tmp_path):
@@ -79,8 +80,8 @@ def test_one_that_was_frozen_writes_nothing_once_another_has_taken_over(tmp_path
                 _, err = owner.communicate("late\n", timeout=20)
             assert "stood still, and another one has taken over" in err
             assert is_alive(tmp_path), "it took our lease away at its end"
-            files.append_json_lines(tmp_path / "lines", [{"by": "us"}])
-    assert files.read_json_lines(tmp_path / "lines") == [{"by": "us"}] * 3
+            append_json_lines(tmp_path / "lines", [{"by": "us"}])
+    assert read_json_lines(tmp_path / "lines") == [{"by": "us"}] * 3
 
 
 def test_nobody_waits_for_one_that_was_killed_on_this_machine(tmp_path, owner, monkeypatch):
@@ -115,7 +116,9 @@ def test_a_folder_in_the_place_of_a_lease_is_no_sign_of_life(tmp_path):
 
 
 def test_a_lease_of_the_kernel_on_its_file_is_waited_for(tmp_path):
-    with take(tmp_path / ".lease", 1) as ours:
+    ours = take(tmp_path / ".lease", 1)
+    assert ours is not None
+    with ours:
         with leased(tmp_path / ".lease-000001"):
             assert is_alive(tmp_path)
         with leased(tmp_path / ".lease-000001"):
@@ -126,7 +129,7 @@ def test_every_writer_asks_first(tmp_path):
     (tmp_path / "aside").mkdir()
     writers = [
         lambda: files.write_json(tmp_path / "a", {}),
-        lambda: files.append_json_lines(tmp_path / "a", [{}]),
+        lambda: append_json_lines(tmp_path / "a", [{}]),
         lambda: files.publish_folder(tmp_path / "aside", tmp_path / "a"),
         lambda: files.write_json(tmp_path / "deep/er", {}),
     ]

@@ -12,7 +12,7 @@ from packhorse.trainer.config.eval import Judge, Scorer
 from packhorse.trainer.datatypes import BadInput, Conversation, Message, Prompt
 from packhorse.trainer.eval.llm_judge import judge_answers
 from packhorse.trainer.eval.metrics import check_scorers, score_samples, summarize
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 from tests.judge_server import JudgeServer, part
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)

@@ -21,7 +21,7 @@ from packhorse.trainer.eval.compare import read_results, table_of_two
 from packhorse.trainer.report import page
 from packhorse.trainer.report.runs import read_run
 from packhorse.trainer.run_folder import describe_end
-from packhorse.trainer.utils.files import cut_json_lines, read_json_lines
+from packhorse.trainer.utils.json_lines import cut_json_lines, read_json_lines
 from packhorse.trainer.utils.log_lines import LOGS, check_evaluation
 
 METRIC = {"value": 0.5, "count": 2, "low": 0.1, "high": 0.9}

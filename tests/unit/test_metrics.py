@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from packhorse.trainer.datatypes import StepPlan, StepResult
 from packhorse.trainer.metrics import EVALUATIONS, Clock, Metrics, ModelFlops, model_flops
 from packhorse.trainer.trackers import Trackers
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from packhorse.trainer.utils.progress import _clock
 from tests.model_helpers import pack
 

@@ -17,7 +17,7 @@ from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval import openai_client
 from packhorse.trainer.eval.openai_client import Client, Refused, Unreachable, text_of
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 from tests.stand_in_server import Reply, Request, StandIn, chat_reply
 
 LIMIT_S = 60.0

@@ -392,7 +392,7 @@ def test_its_noise_and_its_routers_loss_are_those_of_the_documents_alone() -> No
 
 def test_control_another_choice_of_keys_is_caught() -> None:
     indexer = tf.models.deepseek_v32.modeling_deepseek_v32.DeepseekV32Indexer
-    choose, decode = indexer.forward, SftModel.hidden_states_by_document
+    choose, decode = indexer.forward, SftModel._decode_by_document
 
     def first_keys(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         chosen = choose(self, *args, **kwargs)

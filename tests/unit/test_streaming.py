@@ -29,7 +29,7 @@ from packhorse.trainer.data.streaming import StreamingData, prepare_now
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import open_run_folder
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 from tests.ranks import ROOT
 
 STEPS = 12

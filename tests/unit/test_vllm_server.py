@@ -32,7 +32,7 @@ from packhorse.trainer.eval.server_answers import (
 )
 from packhorse.trainer.eval.vllm_server import Gpu, clean_environment, running_vllm, vllm_command
 from packhorse.trainer.model.load import load_model, load_tokenizer
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 from tests.ranks import ROOT
 from tests.stand_in_server import Reply, Request, StandIn
 

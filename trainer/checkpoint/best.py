@@ -17,7 +17,8 @@ from packhorse.trainer.config.eval import EvalSection
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.metrics import EVALUATIONS
-from packhorse.trainer.utils.files import read_json_lines, write_json
+from packhorse.trainer.utils.files import write_json
+from packhorse.trainer.utils.json_lines import read_json_lines
 from packhorse.trainer.utils.log_lines import check_evaluation
 
 

@@ -4,8 +4,6 @@ which step it is."""
 from __future__ import annotations
 
 import json
-import stat
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -131,18 +129,3 @@ def describe_step(run_dir: Path, recipe: Recipe, step: int) -> str:
             merit = "the best" if chosen == step else f"not the best, which is {chosen},"
             merit += f" by {rule}"
     return f"step {step} of {run_dir}: {place}; {merit}"
-
-
-def apply_umask(folder: Path) -> None:
-    """Give the files of a folder the mode of a new file there, as the umask or an ACL says.
-
-    Safetensors writes through temporary files, which only their owner may read.
-    """
-    probe = folder / f".mode-{uuid.uuid4().hex}"
-    probe.touch()  # not os.umask: a process has only one, and reading it means to set it
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    for path in folder.rglob("*"):
-        is_file = path.is_file() and not path.is_symlink()
-        if is_file and stat.S_IMODE(path.stat().st_mode) != mode:
-            path.chmod(mode)

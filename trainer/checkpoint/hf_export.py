@@ -17,7 +17,7 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import export_files, export_folder
-from packhorse.trainer.checkpoint.export_folder import MODEL_FOLDER, apply_umask
+from packhorse.trainer.checkpoint.export_folder import MODEL_FOLDER
 from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.checkpoint.model_card import model_card
 from packhorse.trainer.config.recipe import ModelSection, Recipe
@@ -40,6 +40,7 @@ from packhorse.trainer.model.lora import (
 from packhorse.trainer.model.quantisation import parts_of
 from packhorse.trainer.utils import own_output
 from packhorse.trainer.utils.download import local_folder
+from packhorse.trainer.utils.files import apply_umask
 from packhorse.trainer.utils.progress import show_bars_of_transformers, track
 
 

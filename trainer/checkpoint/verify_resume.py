@@ -34,7 +34,7 @@ from packhorse.trainer.engine import sharded_state
 from packhorse.trainer.engine.moments import MOMENTS
 from packhorse.trainer.engine.sharded_state import Shards, Slice, add_digests
 from packhorse.trainer.model.load import load_model, load_tokenizer
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 
 SCALAR_BOUND = 1e-6  # relative, of a step's loss and gradient norm
 CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da|| of the worst tensor, D its change since the start

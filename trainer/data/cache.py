@@ -2,7 +2,7 @@
 
 Beside the columns, `report.json` has the counts and every file's size. `rejects.jsonl` lists the
 rows left out for a fault, `filtered.jsonl` those that the recipe's filters leave out. The folder is
-written aside and renamed (trainer/utils/files.py): if it has its final name, it is complete.
+written aside and renamed (trainer/utils/staged_build.py): if it has its final name, it is complete.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from packhorse.trainer.data.documents import (
     open_documents,
 )
 from packhorse.trainer.datatypes import BadInput, LeftOut, Tokenized
-from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
+from packhorse.trainer.utils.files import write_json
 from packhorse.trainer.utils.progress import WorkProgress
+from packhorse.trainer.utils.staged_build import ResumableFiles, Stopped, build_once
 
 VERSION = 6  # part of every key: raise it when the files of a folder change
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from packhorse.trainer.data.digest import explained, folder_digest, require_intact
 from packhorse.trainer.datatypes import Packed
-from packhorse.trainer.utils.files import build_once, write_synced
+from packhorse.trainer.utils.files import write_synced
+from packhorse.trainer.utils.staged_build import build_once
 
 VERSION = 3  # part of every key: raise it when the files of a folder change
 

@@ -42,8 +42,9 @@ from packhorse.trainer.data.rows import RowReader
 from packhorse.trainer.data.split import SplitRows
 from packhorse.trainer.datatypes import BadInput, Conversation, Row, RowError
 from packhorse.trainer.dist import log
-from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
+from packhorse.trainer.utils.files import write_json
 from packhorse.trainer.utils.progress import WorkProgress
+from packhorse.trainer.utils.staged_build import ResumableFiles, Stopped, build_once
 
 VERSION = 2  # part of every key: raise it when the same rows give other pairs
 
@@ -139,7 +140,7 @@ def check_leakage(
 
     Raises:
         BadInput: the share of leaked rows is above data.max_leakage; or nothing is left to train.
-        Stopped (packhorse.trainer.utils.files): `stopping()` became true.
+        Stopped (packhorse.trainer.utils.staged_build): `stopping()` became true.
     """
     sides = (side.documents.folder.name for side in (train, held_out))
     key = json_digest([VERSION, THRESHOLD, *sides])

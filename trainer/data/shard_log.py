@@ -13,7 +13,8 @@ from typing import Any
 
 from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.files import append_json_lines, sync_folder
+from packhorse.trainer.utils.files import sync_folder
+from packhorse.trainer.utils.json_lines import append_json_lines
 from packhorse.trainer.utils.lease import require_owned
 from packhorse.trainer.utils.log_lines import check_shard
 from packhorse.trainer.utils.text import printable

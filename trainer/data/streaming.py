@@ -38,7 +38,8 @@ from packhorse.trainer.data.shard_log import LOG, Shard, ShardLog
 from packhorse.trainer.data.source import open_stream, say_once, shown, source_digest
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import is_main, log
-from packhorse.trainer.utils.files import Stopped, replace_file
+from packhorse.trainer.utils.files import replace_file
+from packhorse.trainer.utils.staged_build import Stopped
 
 STREAMED = "shards"  # in the run folder: the rows that were taken from a stream
 POLL_S = 0.1  # of the ranks that wait for rank 0's decision

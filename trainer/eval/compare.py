@@ -16,7 +16,8 @@ from packhorse.trainer.config.best import EVAL_LOSS
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.confidence import Difference, paired
 from packhorse.trainer.metrics import EVALUATIONS
-from packhorse.trainer.utils.files import read_json_file, read_json_lines
+from packhorse.trainer.utils.files import read_json_file
+from packhorse.trainer.utils.json_lines import read_json_lines
 from packhorse.trainer.utils.log_lines import check_pair, check_scores
 from packhorse.trainer.utils.tables import shorten_path, terminal_width
 from packhorse.trainer.utils.text import show_controls

@@ -40,9 +40,11 @@ from packhorse.trainer.eval.scorers import likeliest
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import EVALUATIONS, Metrics
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.utils.files import Stopped, append_json_lines, read_json_lines, sync_file
+from packhorse.trainer.utils.files import sync_file
+from packhorse.trainer.utils.json_lines import append_json_lines, read_json_lines
 from packhorse.trainer.utils.log_lines import LOGS
 from packhorse.trainer.utils.progress import track
+from packhorse.trainer.utils.staged_build import Stopped
 
 
 class Losses(NamedTuple):

@@ -23,8 +23,8 @@ from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.model.attention import other_attention
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.progress import track
+from packhorse.trainer.utils.staged_build import Stopped
 
 PAD = 0  # any token will do: the attention mask hides it
 

@@ -17,8 +17,8 @@ from packhorse.trainer.eval.confidence import interval
 from packhorse.trainer.eval.llm_judge import judge_answers
 from packhorse.trainer.eval.openai_client import Unreachable
 from packhorse.trainer.eval.scorers import TooSlow, Unscored, expected, score
-from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.math_answers import check_installed
+from packhorse.trainer.utils.staged_build import Stopped
 from packhorse.trainer.utils.text import error_line
 from packhorse.trainer.utils.user_functions import load_function
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from packhorse.trainer.config.eval import Server
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 from packhorse.trainer.utils.text import one_line
 
 _CONNECT_S = 10.0

@@ -45,7 +45,7 @@ from packhorse.trainer.model.load import persistent_buffers
 from packhorse.trainer.model.lora import merged_weights
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 from packhorse.trainer.utils.text import error_line
 
 FOLDER = "serving"  # in the run folder: the weights, while a server needs them

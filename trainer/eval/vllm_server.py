@@ -27,7 +27,7 @@ from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval import subprocess_guard
 from packhorse.trainer.eval.openai_client import Client, Unreachable
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.staged_build import Stopped
 
 PATIENCE_S = 10.0  # for retries: a vLLM of our own that does not answer has ended
 _ANSWER_S = 900.0

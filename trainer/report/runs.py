@@ -18,7 +18,8 @@ from packhorse.trainer.checkpoint.best import evaluations, final_step
 from packhorse.trainer.checkpoint.manifest import list_published
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import EVALUATED, STOP_FILE, BadInput
-from packhorse.trainer.utils.files import read_json_file, read_json_lines
+from packhorse.trainer.utils.files import read_json_file
+from packhorse.trainer.utils.json_lines import read_json_lines
 from packhorse.trainer.utils.lease import is_alive, last_sign
 from packhorse.trainer.utils.log_lines import check_data, check_metrics
 from packhorse.trainer.utils.text import one_line

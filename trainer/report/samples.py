@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from packhorse.trainer.report.runs import Run
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.json_lines import read_json_lines
 from packhorse.trainer.utils.log_lines import check_sample
 
 SHOWN = 12  # prompts, the first ones: no choice of ours makes a run look better

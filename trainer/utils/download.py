@@ -21,9 +21,9 @@ import xxhash
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import local_rank, log
-from packhorse.trainer.utils.files import Stopped, build_once
 from packhorse.trainer.utils.own_output import require_unchanged
 from packhorse.trainer.utils.remote import is_url, open_filesystem
+from packhorse.trainer.utils.staged_build import Stopped, build_once
 from packhorse.trainer.utils.text import error_line
 
 BLOCK_BYTES = 1 << 24

@@ -6,8 +6,8 @@ touches it once a second. Whoever finds it silent for STALE_S, or its owner gone
 creates the next number and deletes the earlier ones. The number is a fencing token: an owner that
 stood still meanwhile (SIGSTOP, a hung mount) finds its own file gone, and must not write any more.
 
-A run folder is owned by rank 0 of the training there. Every writer of utils/files.py asks first
-(`require_owned`), so that of two trainings in one folder only one can write.
+A run folder is owned by rank 0 of the training there. Every writer of files.py and json_lines.py
+asks first (`require_owned`), so that of two trainings in one folder only one can write.
 """
 
 from __future__ import annotations

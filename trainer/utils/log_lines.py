@@ -1,7 +1,7 @@
 """Check what a run's files hold, which an editor, a disk or a stranger may have changed.
 
 The JSON object of a line or a file enters; nothing leaves, or LookupError or TypeError is raised,
-by which the readers of lines know a damaged one (utils/files.py).
+by which the readers of lines know a damaged one (utils/json_lines.py).
 """
 
 from __future__ import annotations
