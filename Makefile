@@ -10,6 +10,8 @@ DEMO_STEPS ?=
 EXPERIMENTS ?=
 
 BIN := .venv/bin
+# With loadfile, pytest-xdist waits for ever once it has replaced a worker that died; so it ends.
+XDIST := --dist loadfile --max-worker-restart 0
 WHEELS := $(if $(TORCH_WHEELS),--find-links $(TORCH_WHEELS))
 
 .DEFAULT_GOAL := help
@@ -43,13 +45,13 @@ models: install  ## every causal architecture of transformers, tiny; writes docs
 test: install  ## run every test that needs no GPU and no root, at most 10 minutes on two cores
 	@echo '#include <libaio.h>' | c++ -E -x c++ - >/dev/null 2>&1 \
 		|| { echo "the tests of NVMe offload need libaio: apt-get install libaio-dev"; exit 2; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster and not vllm' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster and not vllm' -n 2 $(XDIST)
 
 test-runs: install  ## whole training runs, minutes each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 3 $(XDIST)
 
 test-cluster: install  ## hosts, Slurm, pods, the image, on this machine; as root, after .ci/run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -n 2 $(XDIST)
 
 test-vllm: install .venv-vllm/installed  ## answers of a real vLLM on the CPU, in .venv-vllm (3 GB)
 	PACKHORSE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm

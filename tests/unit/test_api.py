@@ -36,7 +36,8 @@ with open("runs/debug/metrics.jsonl", "w") as file:
     for step, loss in ((1, 9.0), (2, 5.0), (2, 4.0)):
         print(json.dumps({"step": step, "train/loss": loss}), file=file)
     print(json.dumps({"step": 2, "eval/loss": 3.0}), file=file)
-line = {"step": 2, "eval_loss": 3.0, "metrics": {"exact": {"value": 0.5}, "judge": {"value": None}}}
+metrics = {"exact": {"value": 0.5, "count": 2}, "judge": {"value": None, "count": 0}}
+line = {"step": 2, "eval_loss": 3.0, "metrics": metrics}
 open("runs/debug/evaluations.jsonl", "w").write(json.dumps(line) + "\\n")
 """
 
