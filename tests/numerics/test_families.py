@@ -54,20 +54,21 @@ FAMILIES = {
 }
 # Adapters on experts, and experts in 4 and 8 bits: gpt-oss's have biases, and inputs first. With
 # the stages at which two ranks run them.
+_ALL = "target_modules: [q_proj], target_parameters: all-experts"
 ADAPTERS = {
-    "adapter": (
-        "experts",
-        "target_parameters: all-experts, trainable_token_indices: [4, 223]",
-        ("zero1", "zero2"),
+    "adapter": ("experts", f"{_ALL}, trainable_token_indices: [4, 223]", ("zero1", "zero2")),
+    "nf4": ("experts", f"{_ALL}, base: nf4_double_quant", ("zero1", "zero3")),
+    "frozen-nf4": ("mixture", "target_modules: [q_proj], base: nf4", ("zero2", "zero3")),
+    "int8": (
+        "mixture",
+        "target_modules: [q_proj], target_parameters: [experts.down_proj], base: int8",
+        ("zero3",),
     ),
-    "nf4": (
-        "experts",
-        "target_parameters: all-experts, base: nf4_double_quant",
-        ("zero1", "zero3"),
-    ),
-    "frozen-nf4": ("mixture", "base: nf4", ("zero2", "zero3")),
-    "int8": ("mixture", "target_parameters: [experts.down_proj], base: int8", ("zero3",)),
+    # no input of the first layer's experts needs a gradient
+    "list": ("listed", "target_modules: [down_proj]", ("zero2", "zero3")),
+    "list-nf4": ("listed", "target_modules: all-linear, base: nf4", ("zero3",)),
 }
+RESUMED = {"nf4": "selective", "list": "full", "list-nf4": "full"}  # and how they recompute
 KINDS = {"adamw": (), **CHOSEN}
 
 
@@ -161,18 +162,18 @@ def runs(root: Path) -> dict[str, Run]:
         stage = "zero2" if family == "towers" else "zero0"
         one.append(case(root, f"{family}-{kind}-{control}", stage, *keys, changes=[control]))
     for name, (family, adapter, stages) in ADAPTERS.items():
-        keys = [*COMMON, f"model.name={root / 'models' / family}", "optim.lr=1e-2"]
-        keys.append(f"adapter={{rank: 4, target_modules: [q_proj], {adapter}}}")
+        keys = [*keys_of(root, family, "adamw"), f"adapter={{rank: 4, {adapter}}}"]
         one.append(case(root, f"{name}-1", "zero0", *keys))
         two += [case(root, f"{name}-{stage}", stage, *keys) for stage in stages]
         moved = case(root, f"{name}-moved", "zero3", *keys)
         two.append({**moved, "stop_after": 2})
         one.append(case(root, f"{name}-moved", "zero2", *keys))
-        if name == "nf4":
-            resumed = case(root, "nf4-resumed", "zero3", *keys)
+        if name in RESUMED:
+            resumed = case(root, f"{name}-resumed", "zero3", *keys)
             two += [{**resumed, "stop_after": 2}, resumed]
-            recomputed = (*keys, "model.activation_checkpointing=selective")
-            two.append(case(root, "nf4-recomputed", "zero3", *recomputed))
+            recomputed = (*keys, f"model.activation_checkpointing={RESUMED[name]}")
+            two.append(case(root, f"{name}-recomputed", "zero3", *recomputed))
+        if name == "nf4":
             one.append(case(root, "nf4-unpacked", "zero0", *keys, changes=["experts_unpacked"]))
     return run_cases({2: two}, {1: one}, timeout_s=1500)
 
@@ -281,7 +282,7 @@ def test_controls_are_caught(runs: dict[str, Run], family: str, control: str, ki
 @pytest.mark.parametrize(
     ("name", "other"),
     [(name, other) for name in ADAPTERS for other in (*ADAPTERS[name][2], "moved")]
-    + [("nf4", "recomputed")],
+    + [(name, "recomputed") for name in RESUMED],
 )
 def test_an_adapter_of_experts_learns_the_same_everywhere(
     runs: dict[str, Run], name: str, other: str
@@ -289,12 +290,14 @@ def test_an_adapter_of_experts_learns_the_same_everywhere(
     seen = difference(runs[f"{name}-1"], runs[f"{name}-{other}"])
     report(f"adapter of experts, {name}, {other}", seen)
     assert seen.agrees
-    experts = [part for part in runs[f"{name}-1"].changes if "experts.lora_B" in part]
-    assert bool(experts) == ("target_parameters" in ADAPTERS[name][1])
+    adapted = re.compile(r"experts\.(\d+\.\w+\.)?lora_B")
+    experts = [part for part in runs[f"{name}-1"].changes if adapted.search(part)]
+    assert bool(experts) == (name != "frozen-nf4")
 
 
-def test_x3_packed_experts_resume_bit_by_bit(runs: dict[str, Run]) -> None:
-    assert is_same(runs["nf4-zero3"], runs["nf4-resumed"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_x3_an_adapter_of_experts_resumes_bit_by_bit(runs: dict[str, Run], name: str) -> None:
+    assert is_same(runs[f"{name}-zero3"], runs[f"{name}-resumed"])
 
 
 def test_control_experts_that_are_not_packed_are_caught(runs: dict[str, Run]) -> None:
@@ -303,7 +306,7 @@ def test_control_experts_that_are_not_packed_are_caught(runs: dict[str, Run]) ->
     assert seen.is_caught
 
 
-@pytest.mark.parametrize("name", ["adapter", "nf4", "int8"])
+@pytest.mark.parametrize("name", ["adapter", "nf4", "int8", "list", "list-nf4"])
 def test_an_adapter_of_experts_is_exported(runs: dict[str, Run], root: Path, name: str) -> None:
     """Merged, and alone: on the base that it was trained on, peft's own code gives its logits."""
     run = runs[f"{name}-moved"].folder
@@ -321,7 +324,10 @@ def test_an_adapter_of_experts_is_exported(runs: dict[str, Run], root: Path, nam
     recipe = load_recipe(run / "recipe.yaml")
     assert recipe.adapter
     model = load_model(recipe.model, load_tokenizer(recipe.model), seed=0, adapter=recipe.adapter)
-    base, whole = (AutoModelForCausalLM.from_pretrained(f) for f in (recipe.model.name, merged))
+    base, whole = (
+        AutoModelForCausalLM.from_pretrained(f, trust_remote_code=recipe.model.trust_remote_code)
+        for f in (recipe.model.name, merged)
+    )
     base.load_state_dict(dict(merged_weights(model)))  # B is zero
     ids = torch.arange(4, 60)[None]
     with torch.no_grad():

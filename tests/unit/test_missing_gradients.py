@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine import missing_gradients
 from packhorse.trainer.engine.missing_gradients import (
     fill_gradients,
     gather_whole,
     require_all_gradients,
 )
 from packhorse.trainer.model import decoder
+from packhorse.trainer.model.feed_forward_tiles import require_gradient
 from packhorse.trainer.model.lora import not_in_shards
 from packhorse.trainer.model.partly_called import partly_called_blocks
 from tests.model_helpers import SIZES, tiny_llama
@@ -68,10 +68,7 @@ def test_ranks_do_not_mix_gradients_of_different_parameters() -> None:
         require_all_gradients(optimizer)
 
 
-def test_zero_3_refuses_to_train_a_list_beside_frozen_weights(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """DeepSpeed would reduce a block whose input needs no gradient before it has its own."""
+def test_zero_3_gathers_a_block_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves: list[nn.Module] = []
     monkeypatch.setattr("deepspeed.utils.set_z3_leaf_module", lambda part, _: leaves.append(part))
     model = listed()
@@ -82,12 +79,32 @@ def test_zero_3_refuses_to_train_a_list_beside_frozen_weights(
     monkeypatch.setattr(decoder, "WHOLE_LAYER", 1)
     gather_whole(model, blocks)
     assert leaves == blocks
-    model.model.embed_tokens.weight.requires_grad_(False)
-    with pytest.raises(BadInput, match="ListedExperts calls those of its modules"):
-        gather_whole(model, blocks)
-    leaves.clear()
-    model.requires_grad_(False)
-    model.model.norm.weight.requires_grad_(True)
-    gather_whole(model, blocks)
-    assert leaves == blocks, "what is frozen is gathered as a whole all the same"
-    assert missing_gradients.whole_layers(model) == []
+
+
+def test_the_input_of_a_block_that_is_gathered_needs_a_gradient() -> None:
+    """Without one ZeRO-3 would reduce the block before it has its own gradients."""
+    block = nn.Bilinear(2, 2, 2)
+    block.register_forward_pre_hook(require_gradient)
+    seen: list[bool] = []
+    block.register_forward_pre_hook(lambda _, args: seen.append(args[1].requires_grad))
+    x, scale = torch.ones(1, 2), torch.ones(1, 2)
+
+    def call(x: torch.Tensor, scale: torch.Tensor) -> bool:
+        block(x, scale)
+        return x.requires_grad or scale.requires_grad
+
+    block.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+    assert not call(x, scale), "the caller's tensors stay as they are"
+    assert seen == [False, True], "one is enough"
+    seen.clear()
+    assert call(x, scale.clone().requires_grad_())
+    assert seen == [True, False], "there is one already"
+    seen.clear()
+    with torch.no_grad():
+        call(x, scale)
+    block.requires_grad_(False)
+    call(x, scale)
+    assert seen == [False] * 4
+    block.requires_grad_(True)
+    with pytest.raises(BadInput, match=r"Bilinear gets its input by name.*deepspeed=zero2"):
+        block(input1=x, input2=scale)

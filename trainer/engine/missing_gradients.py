@@ -22,7 +22,7 @@ from torch import nn
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.decoder import whole_layers
-from packhorse.trainer.model.feed_forward_tiles import tiled_blocks
+from packhorse.trainer.model.feed_forward_tiles import require_gradient, tiled_blocks
 
 
 def fill_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -73,26 +73,17 @@ def reduce_in_order(optimizer: Any) -> None:
 
 
 def gather_whole(model: Any, partly_called: Sequence[nn.Module]) -> None:
-    """Let ZeRO-3 gather some modules with all that is in them, before it makes its hooks.
-
-    Raises:
-        BadInput: one of them would be reduced too early.
-    """
+    """Let ZeRO-3 gather some modules with all that is in them, before it makes its hooks."""
     from deepspeed.utils import set_z3_leaf_module
 
     layers = whole_layers(model)
     inside = {part for layer in layers for part in layer.modules()}
-    for block in partly_called:
-        # where no input of a block needs a gradient, DeepSpeed reduces it before it has its own
-        trains = any(p.requires_grad for p in block.parameters())
-        if block not in inside and trains and not all(p.requires_grad for p in model.parameters()):
-            raise BadInput(
-                f"{type(block).__name__} calls those of its modules that the data choose; beside "
-                "frozen weights ZeRO-3 cannot train it; set parallel.deepspeed=zero2"
-            )
     # else a block's weights would be gathered again for each tile
-    blocks = [b for b in (*tiled_blocks(model), *partly_called) if b not in inside]
-    for part in dict.fromkeys((*layers, *blocks)):
+    tiled = [block for block in tiled_blocks(model) if block not in inside]
+    parts = [block for block in partly_called if block not in inside and block not in tiled]
+    for block in parts:
+        block.register_forward_pre_hook(require_gradient)
+    for part in (*layers, *tiled, *parts):
         set_z3_leaf_module(part, True)
 
 

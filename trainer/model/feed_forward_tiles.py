@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from packhorse.trainer.datatypes import BadInput
+
 # Modules that widen in a feed-forward block, by the names that transformers gives them.
 WIDENING = {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc", "dense_h_to_4h"}
 # Modules of an attention, some of which gate their output by a `gate_proj` of their own.
@@ -117,9 +119,8 @@ class _InTiles:
     def __init__(self, block: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.whole = whole
         self._block = block
-        # ZeRO-3 gathers a block's weights once for all tiles (engine.py) and reduces its gradients
-        # when its input has one: earlier, where that needs none as below the first adapter
-        self.hook = block.register_forward_pre_hook(_require_gradient)
+        # ZeRO-3 gathers a block's weights once for all tiles (missing_gradients.py)
+        self.hook = block.register_forward_pre_hook(require_gradient)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output for (1, T, H) or (T, H)."""
@@ -130,10 +131,27 @@ class _InTiles:
         return _Tiles.apply(_Input.apply(x, self.whole, tile, *trained), self.whole, tile)
 
 
-def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    x, *rest = args
-    trains = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
-    return (x.detach().requires_grad_(), *rest) if trains and not x.requires_grad else None
+def require_gradient(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let the input of a block that is trained need a gradient, as a hook before its forward.
+
+    ZeRO-3 reduces the gradients of a block that it gathers as a whole when its input has one:
+    earlier, and so before they are there, where that needs none, as below the first adapter.
+
+    Raises:
+        BadInput: the block gets its input by name, where torch's hooks do not see it.
+    """
+    if not torch.is_grad_enabled() or not any(p.requires_grad for p in block.parameters()):
+        return None
+    floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in args]
+    if not any(floats):
+        raise BadInput(
+            f"{type(block).__name__} gets its input by name, and ZeRO-3 would reduce its gradients "
+            "before they are there; set parallel.deepspeed=zero2"
+        )
+    if any(is_float and x.requires_grad for x, is_float in zip(args, floats, strict=True)):
+        return None
+    first = floats.index(True)
+    return (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
 
 
 class _Tiles(torch.autograd.Function):
