@@ -4,11 +4,12 @@ leave empty.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -100,17 +101,60 @@ _READS = {
 }
 
 
+# what copies a whole tensor to the host: on a CPU no operation shows it
+_COPIES = {torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy}
+
+
+class _Copies(TorchFunctionMode):
+    """Call `seen` with each tensor that the block copies to the host, and give the copy to `made`.
+
+    A copy is another tensor, as it would be of a GPU's.
+    """
+
+    def __init__(self, seen: Callable[[torch.Tensor], None], made: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._seen, self._made = seen, made
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _COPIES:
+            self._seen(args[0])
+            if isinstance(out, torch.Tensor):
+                out = out.clone()
+                self._made(out)
+        return out
+
+
 class Counted(TorchDispatchMode):
     """Count what torch does in the block, views and such apart.
 
     Attributes:
         total: bytes that operations read and write.
-        waits: operations at which the host would wait for a GPU, to read a number or a size.
+        waits: times that the host would wait for a GPU, to read a number or a size. A number that
+            it has read, and what follows from such numbers alone, is the host's: no more waits.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.total = self.operations = self.waits = 0
+        self._of_host: dict[int, torch.Tensor] = {}
+        self._copies = _Copies(self._read, self._give_to_host)
+
+    def __enter__(self) -> Counted:
+        self._copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._copies.__exit__(*error)
+
+    def _read(self, tensor: torch.Tensor) -> None:
+        self.waits += id(tensor) not in self._of_host
+
+    def _give_to_host(self, tensor: torch.Tensor) -> None:
+        self._of_host[id(tensor)] = tensor  # which keeps its id from being another's
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -124,7 +168,12 @@ class Counted(TorchDispatchMode):
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         by_mask = any(index is not None and index.dtype is torch.bool for index in indices)
         sized = "output_size" in (kwargs or {})  # of repeat_interleave
-        self.waits += by_mask or (name in _READS and not sized)
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if read and all(id(tensor) in self._of_host for tensor in read):
+            for tensor in tree_leaves(out):
+                self._give_to_host(tensor)
+        else:
+            self.waits += by_mask or (name in _READS and not sized)
         return out
 
 

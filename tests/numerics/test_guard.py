@@ -20,7 +20,7 @@ STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every ZeRO stage on two ranks: with a NaN on one rank in step 3, and without, where
-    step 3 is skipped from the start; and one stage with a loss spike.
+    step 3 is skipped from the start, and with a loss spike.
     """
     root = tmp_path_factory.mktemp("guard")
     nan, spike = {"changes": ["nan_in_the_third_step"]}, {"changes": ["spike_in_the_third_step"]}
@@ -38,8 +38,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 **nan,
             )
         )
-    looking = ("guard.spike=skip", "guard.spike_factor=5")
-    cases.append(case(root, "zero3-spike", "zero3", *looking, **spike))
+        looking = ("guard.spike=skip", "guard.spike_factor=5")
+        cases.append(case(root, f"{stage}-spike", stage, *looking, **spike))
     cases += [
         case(root, "zero3-skip-resumed", "zero3", "guard.non_finite=skip", **nan, stop_after=4)
     ]
@@ -79,8 +79,9 @@ def test_a_resume_remembers_the_skipped_step(root: Path) -> None:
     assert_same(seen(root / "zero3-skip-resumed"), seen(root / "zero3-without"))
 
 
-def test_a_spike_is_as_if_never_taken(root: Path) -> None:
-    assert_same(seen(root / "zero3-spike"), seen(root / "zero3-without"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_spike_is_as_if_never_taken(root: Path, stage: str) -> None:
+    assert_same(seen(root / f"{stage}-spike"), seen(root / f"{stage}-without"))
 
 
 @pytest.mark.parametrize(

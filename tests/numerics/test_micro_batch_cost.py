@@ -30,15 +30,22 @@ BYTES = {
     "zero1-float32-float32": 4 + 4 + 4,
     "zero1-bfloat16-float32": 2 + 4 + 4,
     "zero1_streamed-bfloat16-float32": 2 + 4 + 4,
+    "zero2-float32-float32": 4 + 4 + 4,
+    "zero2-bfloat16-float32": 2 + 4 + 4,
+    "zero2-bfloat16-bfloat16": 2 + 2 + 2,
     "zero1-bfloat16-bfloat16": 2 + 2 + 2,
 }
 # what is trained at stage 3 without an adapter: its hooks hide a backward that keeps no gradient
 WHOLE = ("zero3-float32-float32", "zero3-bfloat16-float32", "zero3_streamed-bfloat16-float32")
 MORE = ("zero2-float32-float32-muon", "zero3-float32-float32-muon")
 MORE += ("zero2-float32-float32-router", "zero3-bfloat16-float32-router", "zero3-bfloat16-float32")
+# two groups of parameters, but for an adapter's one
+OF_TWO_RANKS = (
+    *("zero0-float32-float32", "zero1-float32-float32", "zero1-bfloat16-float32"),
+    *("zero2-float32-float32", "zero2-bfloat16-float32", "zero2-bfloat16-float32-adapter"),
+    *("zero3-bfloat16-float32", "zero3_streamed-bfloat16-float32"),
+)
 KEYS = {"muon": ["optim.kind=muon"], "adapter": ["adapter={rank: 4}"]}
-# at which the host reads the device: the norm, thrice more by DeepSpeed for each of two groups
-WAITS_OF_A_STEP = 6
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +72,36 @@ def test_the_sums_are_deepspeeds_own_bit_by_bit(found: dict[str, Any], name: str
 
 
 @pytest.mark.parametrize("name", [*BYTES, *MORE])
-def test_the_host_waits_in_no_micro_batch(found: dict[str, Any], name: str) -> None:
-    """A step of three has as many waits as a step of one: those for its norm, at its end.
+def test_the_host_waits_once_a_step(found: dict[str, Any], name: str) -> None:
+    """For the norm, at the end, and for the loss with it, if a guard looks at losses; never in a
+    micro-batch.
 
-    A compiled layer has none either: a read of a tensor would break its graph, which
+    A compiled layer does not wait either: a read of a tensor would break its graph, which
     tests/unit/test_compiled_layers.py counts.
     """
-    one, three = found[name]["waits"]
-    assert one == three
-    assert set(one) == {"optimizer"}
-    assert one["optimizer"] <= WAITS_OF_A_STEP
+    assert found[name]["waits"] == [{"optimizer": 1}] * len(STEPS)
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("costs")
+    run_ranks(2, ["-m", "tests.numerics.test_micro_batch_cost", str(out)])
+    return json.loads((out / "found.json").read_text())
+
+
+@pytest.mark.parametrize("name", OF_TWO_RANKS)
+def test_each_of_two_ranks_waits_once_a_step(of_two_ranks: dict[str, Any], name: str) -> None:
+    assert of_two_ranks[name] == [[{"optimizer": 1}] * len(STEPS)] * 2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_rank_with_its_optimizer_offloaded_gets_its_gradients(
+    found: dict[str, Any], stage: int
+) -> None:
+    """There DeepSpeed copies them to the host where several ranks reduce."""
+    plain, offloaded = found["norms"]["plain"], found["norms"][f"offloaded-{stage}"]
+    assert plain[0] > 1
+    assert offloaded == pytest.approx(plain, rel=1e-6)
 
 
 def test_what_exactness_adds_to_a_micro_batch(found: dict[str, Any]) -> None:
@@ -111,11 +138,15 @@ def one_batch() -> Any:
     )
 
 
-def step(engine: Any, micro_batches: int, clock: Any = None) -> None:
+def step(engine: Any, micro_batches: int) -> float:
     from packhorse.trainer import dist
     from packhorse.trainer.metrics import Clock
 
-    engine.step([one_batch()] * micro_batches, 1e-3, clock or Clock(dist.device()))
+    return engine.step([one_batch()] * micro_batches, 1e-3, Clock(dist.device())).grad_norm
+
+
+def norms(engine: Any) -> list[float]:
+    return [step(engine, 2) for _ in range(2)]
 
 
 def digests(engine: Any) -> list[Any]:
@@ -144,28 +175,46 @@ def gradient_bytes(engine: Any) -> list[float]:
     return moved[1:]
 
 
-def waits(engine: Any, micro_batches: int) -> dict[str, int]:
+# micro-batches, and what a guard says of their loss
+STEPS: tuple[tuple[int, Any], ...] = ((1, None), (3, None), (3, lambda loss: None))
+STEPS += ((3, lambda loss: "refused"),)
+
+
+def waits(engine: Any) -> list[dict[str, int]]:
+    return [waits_of(engine, *kind) for kind in STEPS]
+
+
+def waits_of(engine: Any, micro_batches: int, check_loss: Any) -> dict[str, int]:
     """Return how often a step reads the device's numbers, or waits for it, by its parts."""
     from deepspeed.accelerator import get_accelerator
 
+    from packhorse.trainer import dist
     from tests.numerics import buffers
 
+    accelerator = get_accelerator()
     seen: dict[str, int] = {}
+    batches = [one_batch()] * micro_batches
+    # With a GPU's streams, which a CPU does not have, DeepSpeed waits for what several ranks reduce
+    # beside the backward, and at stage 3 for each micro-batch's gradients.
+    needs_streams = dist.world_size() > 1 or engine.stage == 3
 
-    class Parts:
-        @contextmanager
-        def part(self, name: str) -> Iterator[None]:
-            with (
-                mock.patch.object(get_accelerator(), "synchronize") as synchronize,
-                buffers.Counted() as counted,
-            ):
+    with (
+        mock.patch.object(accelerator, "resolves_data_dependency", return_value=needs_streams),
+        mock.patch.object(accelerator, "synchronize") as synchronize,
+        buffers.Counted() as counted,
+    ):
+
+        class Parts:
+            @contextmanager
+            def part(self, name: str) -> Iterator[None]:
+                before = counted.waits + synchronize.call_count
                 yield
-            total = synchronize.call_count + counted.waits
-            if total:
-                seen[name] = seen.get(name, 0) + total
+                now = counted.waits + synchronize.call_count
+                seen[name] = seen.get(name, 0) + now - before
 
-    step(engine, micro_batches, Parts())
-    return seen
+        engine.step(batches, 1e-3, Parts(), check_loss)
+    seen["between them"] = counted.waits + synchronize.call_count - sum(seen.values())
+    return {part: count for part, count in seen.items() if count}
 
 
 def price(engine: Any, watched: Any, forwards: int) -> dict[str, int]:
@@ -216,41 +265,56 @@ def count_forwards() -> Iterator[list[None]]:
 
 
 def main(out: Path) -> None:
-    """Build an engine of every case, and one without our sums, and count."""
+    """Build an engine of every case, and on one rank one without our sums, and count."""
     from packhorse.trainer import dist
     from packhorse.trainer.build_engine import build_engine
     from packhorse.trainer.engine import engine
     from packhorse.trainer.model.load import load_tokenizer
     from tests.numerics.cases import load_recipe
 
-    def build(name: str) -> Any:
-        recipe = load_recipe(ROOT / "recipes" / "debug.yaml", overrides_of(name, out))
+    def build(name: str, *more: str) -> Any:
+        recipe = load_recipe(ROOT / "recipes" / "debug.yaml", [*overrides_of(name, out), *more])
         return build_engine(recipe, out, load_tokenizer(recipe.model))
 
     found: dict[str, Any] = {}
     with dist.process_group():
-        for name in BYTES:
+        one = dist.world_size() == 1
+        for name in () if one else OF_TWO_RANKS:
+            built = build(name)
+            step(built, 2)
+            step(built, 1)  # as below
+            found[name] = dist.gather(waits(built))
+        for name in BYTES if one else ():
             ours = build(name)
             with mock.patch.object(engine, "shorten_gradient_sums"):
                 deepspeeds = build(name)
             found[name] = {"ours": digests(ours), "deepspeeds": digests(deepspeeds)}
-            found[name]["waits"] = [waits(ours, count) for count in (1, 3)]
+            found[name]["waits"] = waits(ours)
             found[name]["moved"] = gradient_bytes(ours)
-        for name in WHOLE:
+        if one:
+            found["norms"] = {"plain": norms(build("zero1-float32-float32"))}
+            for stage in (1, 2):
+                zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+                template = out / f"offloaded{stage}.json"
+                template.write_text(json.dumps({"zero_optimization": zero}))
+                offloaded = build("zero1-float32-float32", f"parallel.deepspeed={template}")
+                found["norms"][f"offloaded-{stage}"] = norms(offloaded)
+        for name in WHOLE if one else ():
             built = build(name)
             with mock.patch.object(engine, "shorten_gradient_sums"):
                 found[name] = {"ours": digests(built), "deepspeeds": digests(build(name))}
-        for name in MORE:
+        for name in MORE if one else ():
             with count_forwards() as forwards:
                 built = build(name)
             step(built, 2)
             step(
                 built, 1
             )  # DeepSpeed compares its order of gathers with other ranks' in the second
-            found.setdefault(name, {})["waits"] = [waits(built, count) for count in (1, 3)]
+            found.setdefault(name, {})["waits"] = waits(built)
             if name == "zero3-bfloat16-float32":
                 found["price"] = price(ours, built, len(forwards))
-    (out / "found.json").write_text(json.dumps(found, indent=1))
+        if dist.is_main():
+            (out / "found.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
             case(root, "1-wide", "zero0", *wide(root)),
             case(root, "1-micro4", "zero2", "batch.micro_batch_size=4"),
             case(root, "1-micro2", "zero2", "batch.micro_batch_size=2"),
+            *resumed(1, "zero2"),
             *resumed(1, "zero3"),
             case(root, "1-bf16", "zero3", *BF16),
             *(
@@ -129,7 +130,7 @@ def test_recomputing_activations_changes_no_bit(runs: dict[str, Run], mode: str)
 # ----------------------------------------------------------------------------------------------- X3
 
 
-@pytest.mark.parametrize("name", ["1-zero3", *(f"2-{stage}" for stage in STAGES)])
+@pytest.mark.parametrize("name", ["1-zero2", "1-zero3", *(f"2-{stage}" for stage in STAGES)])
 def test_x3_a_resumed_run_is_one_never_stopped(runs: dict[str, Run], name: str) -> None:
     """They are equal bit by bit, at the same world size."""
     assert is_same(runs[name], runs[f"{name}-resumed"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from packhorse.trainer.config.recipe import ModelSection, OptimSection, ParallelSection
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.clipping import StepNumbers, gradient_norm, norm_on_host
 from packhorse.trainer.engine.ds_config import (
     BUCKET,
     clear_nvme,
@@ -20,7 +22,6 @@ from packhorse.trainer.engine.ds_config import (
     require_whole_groups,
     streams_optimizer,
 )
-from packhorse.trainer.engine.optim import gradient_norm, replace_gradient_norm
 from tests.ranks import ROOT
 
 RUN = Path("runs/some")
@@ -239,16 +240,45 @@ def test_a_prefetch_of_a_layer_follows_the_hidden_size() -> None:
     assert zero["stage3_prefetch_bucket_size"] == 13 * 64**2
 
 
-def test_stage_1_in_bf16_gets_a_norm_in_fp64_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_1_in_bf16_gets_a_norm_in_fp64_too() -> None:
     from deepspeed.runtime import bf16_optimizer
 
-    own = bf16_optimizer.get_global_norm_of_tensors
-    monkeypatch.setattr(bf16_optimizer, "get_global_norm_of_tensors", own)
-    replace_gradient_norm(object.__new__(bf16_optimizer.BF16_Optimizer))
+    optimizer = object.__new__(bf16_optimizer.BF16_Optimizer)
+
+    def norm_of(gradients: list[torch.Tensor]) -> torch.Tensor:
+        with norm_on_host(optimizer, StepNumbers(torch.zeros(()), None)):
+            return bf16_optimizer.get_global_norm_of_tensors(
+                input_tensors=gradients, mpu=None, norm_type=2
+            )
+
     # in fp32, each of the small ones would be lost beside the first
     gradients = [torch.tensor([1e4]), *torch.full((4000, 1), 1.0)]
-    norm = bf16_optimizer.get_global_norm_of_tensors(input_tensors=gradients, mpu=None, norm_type=2)
-    assert float(norm) == pytest.approx((1e8 + 4000) ** 0.5, rel=1e-12)
-    broken = [*gradients, torch.tensor([float("inf")])]
-    lost = bf16_optimizer.get_global_norm_of_tensors(input_tensors=broken)
+    assert float(norm_of(gradients)) == pytest.approx((1e8 + 4000) ** 0.5, rel=1e-12)
+    lost = norm_of([*gradients, torch.tensor([float("inf")])])
     assert bf16_optimizer.is_invalid_grad_norm(lost)
+
+
+def test_a_deepspeed_that_takes_another_norm_is_refused() -> None:
+    optimizer = SimpleNamespace(scaled_global_norm=lambda: torch.tensor(1.0))
+    with (
+        pytest.raises(RuntimeError, match="did not call `scaled_global_norm`"),
+        norm_on_host(optimizer, StepNumbers(torch.zeros(()), None)),
+    ):
+        pass
+
+
+def test_a_step_whose_loss_is_refused_has_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    refused = StepNumbers(torch.tensor(3.0), lambda loss: f"{loss:g} is too much")
+    (norm,) = refused.read([torch.tensor(0.1)])
+    assert refused.refused == "6 is too much", "the loss is that of all ranks"
+    assert norm.isnan()
+    taken = StepNumbers(torch.tensor(3.0), lambda loss: None)
+    norms = [torch.tensor(0.1), torch.tensor(0.2)]
+    assert taken.read(norms) == norms, "in their own type, bit by bit"
+
+
+def test_deepspeed_clips_nothing_at_stage_0() -> None:
+    """There packhorse clips; DeepSpeed's default limit is 1, whatever the recipe says."""
+    assert made("zero0", "float32")["gradient_clipping"] == 0
+    assert made("zero1")["gradient_clipping"] == 0.5

@@ -104,10 +104,9 @@ def deepspeed_config(
         # DeepSpeed then refuses torch's optimizer where it is offloaded, which would be slow
         "zero_force_ds_cpu_optimizer": True,
         "steps_per_print": 10**12,
+        # at stage 0 clipping.py clips; DeepSpeed's default would clip once more, to 1
+        "gradient_clipping": optim.max_grad_norm if stage_of(config) > 0 else 0.0,
     }
-    if stage_of(config) > 0:
-        # at stage 0 optim.py clips
-        config["gradient_clipping"] = optim.max_grad_norm
     return config
 
 

@@ -23,6 +23,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import Batch, StepResult
 from packhorse.trainer.engine import compile_ops, zero_state
+from packhorse.trainer.engine.clipping import StepNumbers, replace_gradient_norm, step_clipped
 from packhorse.trainer.engine.ds_config import for_deepspeed, nvme_offloads, stage_of
 from packhorse.trainer.engine.missing_gradients import (
     GradientWatch,
@@ -34,10 +35,8 @@ from packhorse.trainer.engine.missing_gradients import (
 from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import (
     reduce_leaves_once,
-    replace_gradient_norm,
     set_learning_rates,
     shorten_gradient_sums,
-    step_clipped,
 )
 from packhorse.trainer.engine.optimizers import PIECEWISE, Lion, build_optimizer
 from packhorse.trainer.engine.streamed_adamw import StreamedAdamW
@@ -215,10 +214,10 @@ class Engine:
             gathered=gathered,
         )
         zero_state.show_pieces(self._optimizer, self.state.names(), self.module.seed)
-        by_hooks = reduces_by_hooks(self._optimizer)
+        by_hooks = reduces_by_hooks(self._optimizer) and dist.world_size() > 1
         if by_hooks and partly_called:
             reduce_in_order(self._optimizer)
-        self._needs_all_gradients = by_hooks and not partly_called and dist.world_size() > 1
+        self._needs_all_gradients = by_hooks and not partly_called
         self._gradient_watch = None
         if self.stage == 3:
             self._gradient_watch = GradientWatch(module)
@@ -244,30 +243,25 @@ class Engine:
         self._engine.train()
         set_learning_rates(self._optimizer, lr)
         loss_sum = torch.zeros((), device=dist.device())
-        refused, router = None, self.module.router
+        router = self.module.router
         before = router and router.sums
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
             with clock.part("forward"):
                 loss = self._forward(batch, is_last)
             loss_sum += loss.detach()
-            if is_last and check_loss:
-                refused = check_loss(dist.sum_over_ranks([loss_sum.item()])[0])
-                # A NaN makes every stage skip the step on its own path, gradients dropped.
-                if refused:
-                    loss = loss * float("nan")
             with clock.part("backward"):
                 self._backward(loss)
+        numbers = StepNumbers(loss_sum, check_loss)
         with clock.part("optimizer"):
-            norm, applied = step_clipped(
-                self._engine, self.module.parameters(), self._max_grad_norm, self.stage
-            )
+            parameters, limit = self.module.parameters(), self._max_grad_norm
+            norm, applied = step_clipped(self._engine, parameters, limit, self.stage, numbers)
         if applied and self._ema_decay is not None:
             self.state.update_averages(self._ema_decay)
-        skipped = None if applied else "the gradient norm is not finite"
-        if router and before and (refused or skipped):
+        skipped = None if applied else numbers.refused or "the gradient norm is not finite"
+        if router and before and skipped:
             router.sums = before
-        return StepResult(loss_sum, norm, refused or skipped)
+        return StepResult(loss_sum, norm, skipped)
 
     def memory_dry_run(self, batches: Sequence[Batch]) -> None:
         """Run micro-batches forward and backward as a step does, with loss weights of zero.

@@ -1,7 +1,7 @@
-"""Group the parameters, set the groups' learning rates and clip the gradients.
+"""Group the parameters, set the groups' learning rates and sum the gradients.
 
 In: a model and the recipe's `optim` section. Out: parameter groups for `optimizers.py`; the
-learning rate of a step; gradients clipped by the global norm.
+learning rate of a step; sums of gradients that DeepSpeed makes in one pass.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.missing_gradients import clip_all, fill_gradients
 from packhorse.trainer.model.expert_lora import stacked_matrices
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.model.roles import EMBEDDINGS, EXPERTS, LINEAR, OTHERS, roles
 from packhorse.trainer.utils.time_limit import names_matching
-
-_NORM_BLOCK = 256  # gradient elements whose squares are summed in fp32
 
 # -------------------------------------------------------------------------------- groups and rates
 
@@ -152,7 +149,7 @@ def shorten_gradient_sums(engine: Any) -> None:
     """Make DeepSpeed add each gradient to its sum in one pass, and reduce nothing on one rank.
 
     A micro-batch then moves 10 bytes a parameter for bf16 gradients with fp32 sums, and 12 for fp32
-    ones, at stages 0, 1 and 3. The sums are the same, bit by bit.
+    ones, at every stage. The sums are the same, bit by bit.
     """
     optimizer = engine.optimizer
     stage_3 = hasattr(optimizer, "fp16_partitioned_groups_flat")
@@ -161,8 +158,13 @@ def shorten_gradient_sums(engine: Any) -> None:
         optimizer._update_hp_grad = partial(_add_gradient, optimizer)
     if dist.world_size() == 1:
         engine.buffered_allreduce_fallback = _reduce_nothing  # of stage 0, and of 1 in bf16
-        if getattr(optimizer, "partition_gradients", None) is False:  # stage 1
+        if not getattr(optimizer, "cpu_offload", True):  # stages 1 and 2
+            optimizer.overlap_comm = False  # else the host waits for the GPU after a backward
             optimizer.reduce_ready_partitions_and_remove_grads = _reduce_nothing
+            if optimizer.partition_gradients:
+                # DeepSpeed's own casts, copies to a bucket, divides by 1 and adds
+                optimizer.process_gradients = partial(_add_to_partition, optimizer)
+                optimizer.reduce_ipg_grads = _reduce_nothing
         if stage_3 and not optimizer.offload_optimizer:
             # DeepSpeed's own copies to a bucket, joins, casts, divides by 1 and copies: 26 and more
             optimizer.reduce_bucket_size = 1  # each at once
@@ -177,6 +179,15 @@ def _add_gradient(optimizer: Any, parameter: Any, group: int, index: int, **_: A
     total.view_as(parameter).add_(parameter.grad)
     parameter._hp_grad = total
     optimizer.fp32_groups_has_gradients[group][index] = True
+
+
+def _add_to_partition(optimizer: Any, parameter: Any, group: int) -> None:
+    if optimizer._use_compact_grad_partition_buffer(group):
+        number = optimizer.get_param_id(parameter)
+        total = optimizer._get_compact_grad_partition_slice(group, 0, number, parameter.numel())
+        total.view_as(parameter).add_(parameter.grad)
+        parameter.grad = None
+    # else sums are of the gradients' own type, and DeepSpeed adds to them after the backward
 
 
 def _whole_gradients(parameters: Iterable[Any], _: torch.dtype) -> list[torch.Tensor]:
@@ -237,80 +248,3 @@ def reduce_leaves_once(engine: Any) -> None:
         layer._backward_hooks[handle.id] = reduce_after_last
         layer.register_forward_hook(count)
     optimizer._grad_acc_post_hooks.insert(0, reduce_rest)  # before the end of DeepSpeed's backward
-
-
-# --------------------------------------------------------------------------------------- clipping
-
-
-def replace_gradient_norm(optimizer: Any) -> None:
-    """Make DeepSpeed's optimizer of ZeRO stages 1 to 3 sum its norm in fp64."""
-    if hasattr(optimizer, "get_grad_norm_direct"):
-        optimizer.get_grad_norm_direct = gradient_norm
-        return
-    # stage 1 in bf16 is another class, whose ranks hold all gradients, and calls a function
-    from deepspeed.runtime import bf16_optimizer
-
-    if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
-        bf16_optimizer.get_global_norm_of_tensors = whole_gradient_norm
-
-
-def gradient_norm(gradients: Iterable[torch.Tensor], *_: Any) -> torch.Tensor:
-    """Return the 2-norm of the gradients of all ranks, () float64; -1 where it is not finite.
-
-    It replaces DeepSpeed's own, which copies every gradient to fp64 first: 4% of a step on a CPU.
-    Here norms of blocks in fp32 are summed in fp64, which differs by 1e-9 of the norm.
-    """
-    total = _sum_of_squares(gradients)
-    torch.distributed.all_reduce(total)
-    # DeepSpeed reads -1 as overflow and skips the step on all ranks
-    return torch.where(total.isfinite(), total.sqrt(), -1.0)
-
-
-def whole_gradient_norm(input_tensors: Iterable[torch.Tensor], **_: Any) -> torch.Tensor:
-    """Return the same of gradients that every rank holds whole, for DeepSpeed to call."""
-    total = _sum_of_squares(input_tensors)
-    return torch.where(total.isfinite(), total.sqrt(), -1.0)
-
-
-def _sum_of_squares(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=dist.device())
-    for gradient in gradients:
-        flat = gradient.detach().view(-1)
-        whole = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
-        blocks = torch.linalg.vector_norm(
-            flat[:whole].view(-1, _NORM_BLOCK), dim=1, dtype=torch.float32
-        )
-        square = blocks.double().square().sum() + flat[whole:].double().square().sum()
-        total += square.to(total.device)
-    return total
-
-
-def step_clipped(
-    engine: Any, parameters: Iterable[nn.Parameter], max_grad_norm: float, stage: int
-) -> tuple[float, bool]:
-    """Clip the gradients by their global norm and apply the update, alike at every stage (C12).
-
-    Returns:
-        The norm before clipping, and whether the update was applied. It is not where the norm is
-        not finite; the gradients are dropped then.
-    """
-    if stage > 0:
-        clip_all(engine.optimizer)
-        # DeepSpeed clips by the configuration's `gradient_clipping`
-        engine.step()
-        applied = engine.was_step_applied()
-        # a step that stage 3 skips leaves the norm of the step before in place
-        return float(engine.get_global_grad_norm()) if applied else math.nan, applied
-    # At stage 0 DeepSpeed reports no norm and would apply a NaN. Every rank has all gradients
-    # here, already averaged, so that the norm needs no collective. fp64, as in `gradient_norm`.
-    trained = [p for p in parameters if p.requires_grad]
-    fill_gradients(trained)
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in trained]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    norm = float(total)
-    if not math.isfinite(norm):
-        engine.zero_grad()
-        return norm, False
-    nn.utils.clip_grads_with_norm_(trained, max_grad_norm, total)
-    engine.step()
-    return norm, True
