@@ -23,7 +23,7 @@ pytestmark = pytest.mark.runs
 BY_DOCUMENT = "glm_moe_dsa"
 POPULAR = (
     *("qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text", "qwen3_vl"),
-    *("qwen3_next", "falcon_h1", "jamba", "lfm2", "longcat_flash", "rwkv", BY_DOCUMENT),
+    *("qwen3_next", "falcon_h1", "jamba", "lfm2", "zamba2", "longcat_flash", "rwkv", BY_DOCUMENT),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
@@ -53,12 +54,29 @@ def whole_layers(model: Any) -> list[nn.Module]:
 
     None if a weight is frozen: where no input of a layer needs a gradient, DeepSpeed would reduce
     the layer's gradients before they are there. None of a model that has a list for each part of
-    its layers (XLM): what is found then is a norm, whose output may be changed in place.
+    its layers (XLM): what is found then is a norm, whose output may be changed in place. No layer
+    that shares weights with another one (Zamba).
     """
     if not all(p.requires_grad for p in model.parameters()):
         return []
-    layers = [layer for layer in decoder_layers(model) if list(layer.children())]
-    return [layer for layer in layers if num_weights(layer) <= WHOLE_LAYER]
+    tied = tied_weights(model)
+    return [
+        layer
+        for layer in decoder_layers(model)
+        if list(layer.children())
+        and num_weights(layer) <= WHOLE_LAYER
+        and tied.isdisjoint(layer.parameters())
+    ]
+
+
+def tied_weights(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that have several places in a model.
+
+    Their gradients are complete where the backward has come to the first of these places. DeepSpeed
+    would reduce them with the last one, if ZeRO-3 gathered that one whole.
+    """
+    places = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, number in places.items() if number > 1}
 
 
 def num_weights(module: nn.Module) -> int:

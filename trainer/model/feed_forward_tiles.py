@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.decoder import tied_weights
 
 # Modules that widen in a feed-forward block, by the names that transformers gives them.
 WIDENING = {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc", "dense_h_to_4h"}
@@ -55,15 +56,18 @@ def feed_forward_blocks(model: Any) -> Iterator[nn.Module]:
     """Yield the blocks that may run in tiles: those that treat each token by itself.
 
     Experts, each of which gets some tokens only, are left out, as are blocks with dropout, whose
-    random numbers belong to the whole sequence, those with other weights than products', and those
-    that take more than their input, as a residual or the layer's number.
+    random numbers belong to the whole sequence, those with other weights than products', those that
+    take more than their input, as a residual or the layer's number, and those that share weights.
     """
+    tied = tied_weights(model)
     for name, module in model.named_modules():
         children = {child for child, _ in module.named_children()}
         # some models have these modules in the layer itself, beside its attention
         whole_layer = any("attn" in child or "attention" in child for child in children)
         of_experts = any(part.startswith("expert") for part in name.split("."))
         if not children & WIDENING or children & ATTENDING or whole_layer or of_experts:
+            continue
+        if not tied.isdisjoint(module.parameters()):
             continue
         if _takes_one_tensor(module) and _is_by_token(module):
             yield module
