@@ -123,7 +123,7 @@ gradient (`parallel.grad_dtype`: 4, or 2). Sums over parameters p are of their s
 | bytes on a GPU | stage 0 (float32) | 1 | 2 | 3 |
 |---|---|---|---|---|
 | weights | 4 P | b A | b A | b S + b (those below `stage3_param_persistence_threshold`) |
-| gradients | 4 P | 4 A + 2 P (float32: F) | g A / W (float32: F) | g S |
+| gradients | 4 P | 4 A (float32: F) | g A / W (float32: F) | g S |
 | master weights | (the weights) | 4 A / W | 4 A / W | 4 S |
 | moments (AdamW) | 8 P | 8 A / W | 8 A / W | 8 S |
 
@@ -146,8 +146,9 @@ are made there, less what a micro-batch takes.
   them, or the largest module's and `stage3_prefetch_bucket_size` if that is more.
 - *communication*: stage 0, and stage 1 in bfloat16: a bucket of `reduce_bucket_size` in float32.
   Stage 2: two buckets in b, their copy in float32, and the largest gradient twice; stage 1 in
-  float32: all gradients instead. Stage 3: one bucket in float32, and the largest gradient in b and
-  in float32.
+  float32, and stage 2 with [experts in a list](models.md): all gradients instead. Stage 3:
+  one bucket in float32, the largest gradient in float32, and in b the gradients of the largest
+  parameter or of the largest part that is gathered as a whole: a layer of up to 2^28 weights.
 - *a host*: the larger of loading (b P by rank 0 at stage 3; b P by each rank of a node before) and
   training. The kernel's cache of files and the loader's processes are not counted; pinned memory
   may be rounded up.

@@ -116,11 +116,8 @@ def make_listed(folder: Path) -> None:
     )
     model.save_pretrained(folder)
     path = folder / "config.json"
-    places = {
-        "AutoConfig": "listed_experts.ListedConfig",
-        "AutoModelForCausalLM": "listed_experts.ListedForCausalLM",
-    }
-    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": places}))
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "auto_map": listed_experts.PLACES}))
     shutil.copy(listed_experts.__file__, folder)
 
 

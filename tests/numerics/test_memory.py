@@ -13,6 +13,8 @@ from unittest import mock
 import pytest
 
 from packhorse.trainer.engine.moments import MOMENTS
+from tests.model_helpers import SIZES
+from tests.models import listed_experts
 from tests.models.shrunk import config_of
 from tests.numerics.compare import STAGES
 from tests.ranks import ROOT, run_ranks
@@ -53,6 +55,8 @@ _CASES = (
     ),
     *(f"{stage}-bfloat16-float32-experts" for stage in ("zero1", "zero2")),
     *(f"{stage}-bfloat16-float32-hybrid-ema" for stage in ("zero1", "zero3")),
+    *(f"{stage}-float32-float32-listed" for stage in ("zero1", "zero2", "zero3")),
+    *(f"zero2-bfloat16-{sums}-listed" for sums in ("float32", "bfloat16")),
 )
 CASES = list(dict.fromkeys(_CASES))
 # random models of these configurations
@@ -60,6 +64,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "experts": lambda: config_of("gpt_oss"),
     "hybrid": lambda: config_of("lfm2"),
     "towers": gemma_config,
+    # a plan sees which experts a forward calls where the data do not choose them
+    "listed": lambda: listed_experts.ListedConfig(
+        **{**SIZES, "vocab_size": 512, "by_place": True, "auto_map": listed_experts.PLACES}
+    ),
 }
 KEYS = {
     "adapter": "adapter={rank: 4, modules_to_save: [lm_head]}",
@@ -78,6 +86,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for family, config in FAMILIES.items():
         shutil.copytree(ROOT / "recipes" / "debug" / "model", out / family)
         config().save_pretrained(out / family)
+        shutil.copy(listed_experts.__file__, out / family)
     run_ranks(WORLD, ["-m", "tests.numerics.test_memory", str(out)], timeout_s=600)
     return json.loads((out / "found.json").read_text())
 
@@ -110,6 +119,40 @@ def test_the_plan_is_what_a_streamed_state_takes_and_moves(
 ) -> None:
     """Room on the GPU, and bytes of a step between it and the host."""
     assert found[name][part]["planned"] == max(found[name][part]["held"]) > 0
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("zero3") or "listed" in n])
+def test_the_plan_is_what_waits_to_be_reduced(found: dict[str, Any], name: str) -> None:
+    """All gradients at stages 1 and 2, where experts are a list; those of a layer at 3."""
+    assert found[name]["waiting"]["planned"] == max(found[name]["waiting"]["held"]) > 0
+
+
+def waiting(engine: Any, model: Any, config: Any) -> dict[str, Any]:
+    """Return the bytes of gradients that wait, where one is reduced, counted and planned."""
+    from packhorse.trainer import dist
+    from packhorse.trainer.data.loader import filler_batch
+    from packhorse.trainer.estimate.memory import waiting_gradients
+    from packhorse.trainer.metrics import Clock
+
+    optimizer = engine._optimizer
+    held, seen = [0], set[Any]()
+    reduce = getattr(optimizer, "reduce_ready_partitions_and_remove_grads", None)
+    if not reduce:
+        return {}
+
+    def look(parameter: Any, *group: Any) -> None:
+        leaf = getattr(parameter, "ds_z3_leaf_module", None)
+        whole = leaf if engine.stage == 3 else engine.module
+        if whole is None or whole not in seen:  # else some of its gradients lie in a bucket
+            seen.add(whole)
+            parameters = [parameter] if whole is None else whole.parameters()
+            held.append(sum(p.grad.nbytes for p in parameters if p.grad is not None))
+        reduce(parameter, *group)
+
+    with mock.patch.object(optimizer, "reduce_ready_partitions_and_remove_grads", look):
+        engine.step([filler_batch(tokens=64)], 1e-3, Clock(dist.device()))
+    planned = waiting_gradients(model, config)
+    return {"waiting": {"held": dist.gather(max(held)), "planned": planned}}
 
 
 def streamed(engine: Any, model: Any, config: Any) -> dict[str, Any]:
@@ -179,6 +222,7 @@ def main(out: Path) -> None:
                 ROOT / "recipes" / "debug.yaml",
                 [
                     f"run.dir={out}",
+                    "model.trust_remote_code=true",
                     f"parallel.deepspeed={stage}",
                     f"model.dtype={dtype}",
                     f"parallel.grad_dtype={grad_dtype}",
@@ -199,7 +243,7 @@ def main(out: Path) -> None:
                 part: {"held": [h[part] for h in of_ranks], "planned": planned[part]}
                 for part in PARTS
             } | {"synchronizations": [synchronizations(engine, count) for count in (1, 3)]}
-            found[name] |= streamed(engine, model, config)
+            found[name] |= streamed(engine, model, config) | waiting(engine, model, config)
             written = sum(
                 tensor.nbytes
                 for group in engine.state.slices()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.attention_kernels import Bounds
 from packhorse.trainer.model.feed_forward_tiles import set_tiles
 from tests.model_helpers import SIZES, WIDE, saved_bytes, tiny
+from tests.models import listed_experts
 from tests.ranks import ROOT
 
 TOKENS = 192
@@ -411,3 +413,26 @@ def test_ranks_that_share_a_sequence_have_a_share_of_its_activations() -> None:
         build_report(shared, cluster(6))
     with pytest.raises(BadInput, match="only 64 micro-batches, for 4 GPUs each: give --gpus 64"):
         build_report(shared, cluster(260))
+
+
+def test_whole_gradients_wait_at_zero_2_where_ranks_call_other_modules() -> None:
+    """Their bytes come to the buckets', where else the two largest gradients wait."""
+    recipe = debug("model.dtype=bfloat16")
+    model = replace(build_report(recipe, cluster(2)).model, partly_called=False)
+    config = fill_template(recipe, "zero2", model.hidden)
+    plain, listed = (
+        peak_memory(replace(model, partly_called=c), config, 2, 8, 1, "liger", Activations(7, 0))
+        for c in (False, True)
+    )
+    more = listed.gpu["communication"] - plain.gpu["communication"]
+    assert more == 2 * model.trained - 2 * 2 * max(map(max, model.groups))
+
+
+def test_what_the_data_choose_cannot_be_planned(tmp_path: Path) -> None:
+    config = listed_experts.ListedConfig(**SIZES)
+    config.auto_map = listed_experts.PLACES
+    config.save_pretrained(tmp_path)
+    shutil.copy(listed_experts.__file__, tmp_path)
+    recipe = debug(f"model.name={tmp_path}", "model.trust_remote_code=true")
+    with pytest.raises(BadInput, match=r"without weights ListedExperts fails.* on one GPU"):
+        build_report(recipe, cluster(2))

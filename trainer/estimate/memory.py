@@ -24,7 +24,12 @@ from packhorse.trainer.data.ranks import filler_share
 from packhorse.trainer.engine.ds_config import require_whole_groups, stage_of, streams_optimizer
 from packhorse.trainer.engine.streamed_adamw import room_for_chunks
 from packhorse.trainer.estimate.model import Activations, ModelSizes
-from packhorse.trainer.estimate.state import StateBytes, count_state_bytes, masters_of_groups
+from packhorse.trainer.estimate.state import (
+    StateBytes,
+    count_state_bytes,
+    masters_of_groups,
+    sums_whole_gradients,
+)
 from packhorse.trainer.model.liger_loss import chunk_positions
 from packhorse.trainer.model.loss import BLOCK_HIDDEN
 
@@ -79,7 +84,7 @@ def peak_memory(
     require_whole_groups(config, world, per_node)
     state, stage = count_state_bytes(model, config, world), stage_of(config)
     local = min(world, per_node)
-    gathered, communication = _count_communication(model, zero, state)
+    gathered, communication = _count_communication(model, config, state)
     on_gpu, is_streamed = state.optimizer_on == "gpu", streams_optimizer(config)
     weights = state.weights if state.weights_on == "gpu" else 0
     optimizer = state.masters + state.moments
@@ -135,24 +140,33 @@ def loss_workspace(model: ModelSizes, trained: int, kernel: str) -> int:
 
 
 def _count_communication(
-    model: ModelSizes, zero: Mapping[str, Any], state: StateBytes
+    model: ModelSizes, config: Mapping[str, Any], state: StateBytes
 ) -> tuple[int, int]:
     """Return the bytes of parameters gathered at once, and of gradients being reduced."""
-    stage, element = zero.get("stage", 0), model.element
-    largest = max(map(max, model.groups))
+    zero, stage, element = config["zero_optimization"], stage_of(config), model.element
     bucket = min(int(zero.get("reduce_bucket_size", 5e8)), model.trained)
     expanded = element * model.expanded
-    if stage == 0 or (stage == 1 and element == 2):
+    if stage == 0 or sums_whole_gradients(model, config):
         return expanded, 4 * bucket
+    waiting = waiting_gradients(model, config)
     if stage < 3:
-        # two buffers and the fp32 copy that is sent, and gradients that are in no bucket yet
-        in_flight = element * model.trained if stage == 1 else 2 * element * largest
-        return expanded, bucket * (2 * element + 4) + in_flight
+        # two buffers, and the fp32 copy that is sent
+        return expanded, bucket * (2 * element + 4) + waiting
     needed = model.gathered_at_once + int(zero.get("stage3_prefetch_bucket_size", 5e7))
     live = min(model.parameters, max(needed, int(zero.get("stage3_max_live_parameters", 1e9))))
     gathered = max(0, element * live - state.persistent)
-    # the bucket, which stays, and the largest gradient in the weights' dtype and as it is sent
-    return gathered + expanded, 4 * bucket + (element + 4) * largest
+    # the bucket, which stays, and the largest gradient as it is sent
+    return gathered + expanded, 4 * bucket + waiting + 4 * max(map(max, model.groups))
+
+
+def waiting_gradients(model: ModelSizes, config: Mapping[str, Any]) -> int:
+    """Return the bytes of the gradients that are in no bucket yet, at ZeRO 1 to 3."""
+    stage = stage_of(config)
+    if stage == 3:
+        return model.element * model.reduced_at_once
+    if stage == 2 and not model.partly_called:
+        return 2 * model.element * max(map(max, model.groups))
+    return model.element * model.trained
 
 
 def _count_swap_buffers(model: ModelSizes, zero: Mapping[str, Any], state: StateBytes) -> int:

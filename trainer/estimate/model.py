@@ -40,6 +40,7 @@ from packhorse.trainer.model.feed_forward_tiles import (
 from packhorse.trainer.model.linear_modules import linear_modules
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, not_in_shards
+from packhorse.trainer.model.partly_called import partly_called_blocks
 from packhorse.trainer.model.quantisation import count_scale_bytes
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.model.token_rows import ROWS
@@ -83,6 +84,8 @@ class ModelSizes:
     vocabulary: int
     expanded: int  # of weights made where their module runs, and their gradients: the most at once
     gathered_at_once: int  # the most that ZeRO-3 gathers in one call, a module's or a whole layer's
+    reduced_at_once: int  # trained, the most whose gradients ZeRO-3 waits for before it reduces one
+    partly_called: bool  # whether ranks hold all gradients at ZeRO-2 (missing_gradients.py)
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
     # weights whose products the backward repeats, with activation_checkpointing full and selective
@@ -178,6 +181,8 @@ def measure_model(
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in quantised]
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     made_head = head.weight.numel() * hasattr(head, ROWS)  # with the trained rows in it
+    parts = partly_called_blocks(model, partial(_run_decoder, model, tokens=1), not_in_shards)
+    whole = [*whole_layers(model), *parts]
     blocks = feed_forward_blocks(model)  # gathered whole if they run in tiles
     return ModelSizes(
         name=type(model).__name__,
@@ -195,7 +200,14 @@ def measure_model(
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.weight.shape[0],
         expanded=max(made_head, largest * (2 if stacked_matrices(model) else bool(quantised))),
-        gathered_at_once=max([largest, *map(num_weights, [*whole_layers(model), *blocks])]),
+        gathered_at_once=max([largest, *map(num_weights, [*whole, *blocks])]),
+        reduced_at_once=max(
+            [
+                *(p.numel() for group in groups for p in group["params"]),
+                *(sum(p.numel() for p in w.parameters() if p.requires_grad) for w in whole),
+            ]
+        ),
+        partly_called=bool(parts),
         buffers=sum(buffer.nbytes for _, buffer in persistent_buffers(model)),
         flops=model_flops(model),
         repeated=_count_repeated(model),

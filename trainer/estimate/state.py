@@ -37,9 +37,8 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     """Return the training state under a filled DeepSpeed template, or refuse a combination that is
     not planned."""
     stage = stage_of(config)
-    sum_bytes = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     if stage == 3:
-        return _count_stage_3(model, config, sum_bytes, world)
+        return _count_stage_3(model, config, world)
     packed = sum(-(-elements * model.bits // 8) for elements in model.quantised)
     frozen = model.element * sum(model.frozen) + packed + model.scales_bytes
     if stage == 0:  # the weights are the master weights
@@ -51,18 +50,28 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
         )
     pieces = masters_of_groups(model, stage, world)
     flat, piece = [world * part for part in pieces], sum(pieces)
-    if stage == 1 and model.element == 2 and sum_bytes == 4:
-        # DeepSpeed's BF16_Optimizer, which takes this case, sums whole gradients in fp32, and each
-        # in the model's type goes as soon as it is added
+    if sums_whole_gradients(model, config):
         gradients = 4 * sum(flat)
-    elif sum_bytes != model.element:
-        gradients = sum_bytes * piece
+    elif sum_bytes(config) != model.element:
+        gradients = sum_bytes(config) * piece
     else:
         gradients = model.element * _count_touched(model.groups, flat, world)
     weights = model.element * sum(flat) + frozen
     cuts = [_cuts_of_flat(*of, world) for of in zip(model.groups, pieces, strict=True)]
     moments = _count_moments(model, pieces, cuts)
     return StateBytes(weights, 0, gradients, 4 * piece, moments)
+
+
+def sum_bytes(config: Mapping[str, Any]) -> int:
+    """Return the bytes of an element in which gradients are summed."""
+    return 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
+
+
+def sums_whole_gradients(model: ModelSizes, config: Mapping[str, Any]) -> bool:
+    """Return whether DeepSpeed's class for stage 1 in bf16 sums all gradients in fp32; each in the
+    model's type goes as soon as it is added.
+    """
+    return stage_of(config) == 1 and model.element == 2 and sum_bytes(config) == 4
 
 
 def masters_of_groups(model: ModelSizes, stage: int, world: int) -> list[int]:
@@ -73,9 +82,7 @@ def masters_of_groups(model: ModelSizes, stage: int, world: int) -> list[int]:
     return [-(-sum(group) // (2 * world)) * 2 for group in model.groups]
 
 
-def _count_stage_3(
-    model: ModelSizes, config: Mapping[str, Any], sum_bytes: int, world: int
-) -> StateBytes:
+def _count_stage_3(model: ModelSizes, config: Mapping[str, Any], world: int) -> StateBytes:
     zero, sharing = config["zero_optimization"], count_sharing(config, world)
     trained = [size for group in model.groups for size in group]
     pieces = masters_of_groups(model, 3, world)
@@ -99,7 +106,7 @@ def _count_stage_3(
         + model.scales_bytes,
         persistent=model.element * persistent,
         # the CPU optimizer keeps a copy of its own on the host
-        gradients=(sum_bytes + 4 * (optimizer_on == "cpu")) * piece,
+        gradients=(sum_bytes(config) + 4 * (optimizer_on == "cpu")) * piece,
         masters=4 * piece,
         moments=_count_moments(model, pieces, cuts),
         weights_on=weights_on,

@@ -19,7 +19,7 @@ from packhorse.trainer.engine.ds_config import (
 )
 from packhorse.trainer.estimate.memory import Cluster
 from packhorse.trainer.estimate.model import ModelSizes
-from packhorse.trainer.estimate.state import count_state_bytes
+from packhorse.trainer.estimate.state import count_state_bytes, sum_bytes
 
 # Bytes a second that are assumed, as a plan measures nothing.
 IN_NODE = 300e9  # of a GPU, over NVLink
@@ -67,7 +67,7 @@ def step_traffic(
     """
     stage = stage_of(config)
     others = (world - 1) / world
-    gradients = model.trained * (2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4)
+    gradients = model.trained * sum_bytes(config)
     weights, trained_weights = model.element * model.parameters, model.element * model.trained
     sharing, in_group = count_sharing(config, world), 0.0
     if stage == 3 and sharing > 1:

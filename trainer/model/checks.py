@@ -105,8 +105,10 @@ def plan_failures_explained() -> Iterator[None]:
     except (BadInput, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        module = raising_module(error)
+        where = type(module).__name__ if module else "its own code"
         raise BadInput(
-            "the model cannot be planned: without weights its own code fails with "
+            f"the model cannot be planned: without weights {where} fails with "
             f"{type(error).__name__}: {one_line(error, 200)}; measure it with `packhorse train` on "
             "one GPU"
         ) from error

@@ -58,7 +58,7 @@ def _lists(model: Any) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
 
     def inside(module: nn.Module, above: list[nn.Module]) -> Any:
         for child in module.children():
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
                 yield child, [*above, module]
             yield from inside(child, [*above, module])
 
