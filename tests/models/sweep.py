@@ -52,7 +52,7 @@ BOUNDS = {"losses": 1e-6, "weights": 1e-3, "logits": 1e-4}
 
 
 # Of no causal class in transformers: models with towers whose text is trained.
-WITH_TOWERS = ("mistral3", "qwen3_vl")
+WITH_TOWERS = ("mistral3", "qwen3_vl", "qwen3_vl_moe")
 
 
 def try_model(name: str, root: Path) -> dict[str, Any]:

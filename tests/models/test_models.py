@@ -17,12 +17,12 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.runs
 
 # One of each way to be special: experts, latent attention, sinks with windows, layers that share
-# keys, a tower that text does not reach, layers with a state (alternating, parallel, of another
-# class, convolutions), a router that reads a linear module's weight, rules for new weights that ask
-# for shapes, and an indexer that chooses the keys.
+# keys, a tower that text does not reach beside experts that are loaded by their shape, layers with
+# a state (alternating, parallel, of another class, convolutions), a router that reads a linear
+# module's weight, rules for new weights that ask for shapes, and an indexer that chooses the keys.
 BY_DOCUMENT = "glm_moe_dsa"
 POPULAR = (
-    *("qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text", "qwen3_vl"),
+    *("qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text", "qwen3_vl_moe"),
     *("qwen3_next", "falcon_h1", "jamba", "lfm2", "zamba2", "longcat_flash", "rwkv", BY_DOCUMENT),
 )
 

@@ -21,6 +21,7 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, liger_layers
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.adapter_start import start_adapter
+from packhorse.trainer.model.conversions import alike_in_shards
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
 from packhorse.trainer.model.new_weights import (
     add_embeddings,
@@ -223,7 +224,7 @@ def _build(
     """Return the model with random weights or its own, whichever the recipe says."""
     if section.init == "random":
         return _random_model(section, config, seed, gathered, arguments)
-    with _loading_shown(), loaded_weights_kept(gathered):
+    with _loading_shown(), loaded_weights_kept(gathered), alike_in_shards():
         return _pretrained_model(section, config, arguments)
 
 
