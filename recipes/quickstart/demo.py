@@ -67,8 +67,11 @@ def main() -> None:
     if not (run_dir / "export" / "config.json").exists():
         packhorse("export", str(run_dir), "--out", str(run_dir / "export"))
     times.append(time.monotonic())
-    show(json.loads((run_dir / "summary.json").read_text()), run_dir)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    show(summary, run_dir)
     show_times([stop - start for start, stop in pairwise(times)], run_dir)
+    if summary["after"]["eval/loss"] >= summary["before"]["eval/loss"]:
+        sys.exit("demo: error: the loss on held-out rows did not fall")
 
 
 def link(name: Path, target: Path) -> None:

@@ -33,7 +33,8 @@ def dry_run(tmp_path: Path, *options: str) -> str:
     return text
 
 
-@pytest.mark.parametrize(("model", "arms"), [("8B, 8 layers", 5), ("1.5B", 4), ("8B", 5)])
+# The case "8B, 8 layers" has no arm of its own but fp8, which a CPU has not.
+@pytest.mark.parametrize(("model", "arms"), [("1.5B", 4), ("8B", 5)])
 def test_every_arm_leaves_its_line_and_packhorse_a_profiled_step(
     tmp_path: Path, model: str, arms: int
 ) -> None:
@@ -41,11 +42,8 @@ def test_every_arm_leaves_its_line_and_packhorse_a_profiled_step(
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {model} | ")]
     figures = {row[1]: row[2] for row in rows}
     assert len(figures) == arms
-    if model == "8B, 8 layers":
-        assert figures.pop("packhorse, fp8") == "not run: a CPU has no fp8"
     assert all(figure.isdigit() for figure in figures.values()), figures
-    ours = [row for row in rows if row[1].startswith("packhorse") and row[1] in figures]
-    for row in ours:
+    for row in [row for row in rows if row[1].startswith("packhorse")]:
         assert "forward" in row[3]
         profiled = text.partition(f"## A step of {model}, {row[1]}\n")[2]
         assert "of which operations run" in profiled

@@ -1,17 +1,13 @@
-"""SmolLM2-135M on gsm8k starts with the loss that transformers computes, and learns."""
+"""SmolLM2-135M on gsm8k starts with the loss that transformers computes. `make demo` trains it."""
 
-import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.config.recipe import Recipe, parse_recipe
+from packhorse.trainer.config.recipe import parse_recipe
 from packhorse.trainer.data import loader, prepare
 from packhorse.trainer.data.eval_plan import eval_plan
 from packhorse.trainer.model.load import load_model, load_tokenizer
@@ -35,32 +31,23 @@ def smollm2() -> Path:
     return folder
 
 
-def recipe(shared: Path, model: Path, run_dir: Path, eval_rows: int) -> Recipe:
-    return parse_recipe(
-        {
-            "model": {"name": str(model), "dtype": "float32", "activation_checkpointing": "none"},
-            "data": {
-                "train": [{"path": str(shared / "data" / "gsm8k_train.jsonl")}],
-                "eval": [{"path": str(shared / "data" / "gsm8k_test.jsonl"), "rows": eval_rows}],
-                "cache": str(run_dir.parent / "cache"),
-            },
-            "batch": {"seq_len": 512, "global_batch_size": 2},
-            "optim": {"lr": 1e-4},
-            "train": {"steps": 10},
-            "parallel": {"deepspeed": "zero2"},
-            "run": {"dir": str(run_dir)},
-        }
-    )
-
-
 def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
     shared: Path, smollm2: Path, tmp_path: Path
 ) -> None:
     """gsm8k_test's first 48 rows under SmolLM2's own template, fp32. Our policy leaves the newline
     after the end token out; the reference counts it, so here it is counted."""
-    made = recipe(shared, smollm2, tmp_path / "run", eval_rows=48)
-    made = made.model_copy(
-        update={"data": made.data.model_copy(update={"train_on_eot": "with_newline"})}
+    made = parse_recipe(
+        {
+            "model": {"name": str(smollm2), "dtype": "float32"},
+            "data": {
+                "train": [{"path": str(shared / "data" / "gsm8k_train.jsonl")}],
+                "eval": [{"path": str(shared / "data" / "gsm8k_test.jsonl"), "rows": 48}],
+                "train_on_eot": "with_newline",
+                "cache": str(tmp_path / "cache"),
+            },
+            "batch": {"seq_len": 512, "global_batch_size": 2},
+            "run": {"dir": str(tmp_path / "run")},
+        }
     )
     tokenizer = load_tokenizer(made.model)
     data = prepare.prepare(made, tokenizer, "eval")
@@ -76,20 +63,3 @@ def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
         loss = sum(float(sft(batch)) for batch in batches.stream(0))
     print(f"\n  held-out loss {loss:.4f}, by transformers alone {REFERENCE_LOSS}", end="")
     assert abs(loss - REFERENCE_LOSS) <= 0.002
-
-
-def test_ten_steps_on_gsm8k_lower_the_held_out_loss(
-    shared: Path, smollm2: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "gsm8k.yaml"
-    path.write_text(recipe(shared, smollm2, tmp_path / "run", eval_rows=16).to_yaml())
-    subprocess.run(
-        [sys.executable, "-m", "packhorse", "train", str(path)],
-        cwd=ROOT,
-        check=True,
-        env=os.environ,
-    )
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    before, after = summary["before"]["eval/loss"], summary["after"]["eval/loss"]
-    print(f"\n  held-out loss {before:.4f} -> {after:.4f} in {summary['steps']} steps", end="")
-    assert after < before - 0.1
