@@ -18,10 +18,7 @@ from tests.ranks import ROOT
 pytestmark = pytest.mark.runs
 
 
-@pytest.mark.parametrize(
-    "changes", [["--sequence=2,1"], ["adapter={rank: 4, dropout: 0.1}"]], ids=["whole", "adapter"]
-)
-def test_the_debug_recipe_survives_a_change_of_worlds(tmp_path: Path, changes: list[str]) -> None:
+def test_the_debug_recipe_with_an_adapter_survives_a_change_of_worlds(tmp_path: Path) -> None:
     """Its rows are held out by groups, which the comparison has no use for."""
     recipe = yaml.safe_load((ROOT / "recipes" / "debug.yaml").read_text("utf-8"))
     recipe["data"] |= {"eval_fraction": 0.1}
@@ -34,8 +31,9 @@ def test_the_debug_recipe_survives_a_change_of_worlds(tmp_path: Path, changes: l
         "2",
         "--steps",
         "4",
+        "--sequence=2,1",
         f"run.dir={tmp_path / 'run'}",
-        *changes,
+        "adapter={rank: 4}",
     ]
     command = [
         sys.executable,
