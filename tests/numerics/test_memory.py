@@ -20,6 +20,8 @@ from tests.numerics.compare import STAGES
 from tests.ranks import ROOT, run_ranks
 from tests.runs.test_export_kinds import gemma_config
 
+pytestmark = pytest.mark.runs
+
 WORLD = 3  # which divides none of the model's sizes, so that every piece is filled up
 _CASES = (
     *(

@@ -8,6 +8,8 @@ import pytest
 
 from tests.numerics.compare import BF16, STAGES, Run, case, difference, is_same, run_cases
 
+pytestmark = pytest.mark.runs
+
 HERE = tuple(stage for stage in STAGES if stage != "zero3_nvme")
 DONE = {"changes": ["dry_run_first"]}
 IN_BF16 = ("zero1", "zero2", "zero3")
