@@ -30,6 +30,7 @@ from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import StreamingData
 from packhorse.trainer.engine import (
+    clipping,
     engine,
     moments,
     muon,
@@ -258,7 +259,7 @@ def idle_lists_get_the_last_gradient() -> Any:
                 parameter.grad = before.get(id(parameter), torch.zeros_like(parameter)).clone()
             before[id(parameter)] = parameter.grad.clone()
 
-    return mock.patch.object(optim, "fill_gradients", fill)
+    return mock.patch.object(clipping, "fill_gradients", fill)
 
 
 def router_bias_decayed() -> Any:
