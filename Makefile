@@ -45,7 +45,7 @@ models: install  ## every causal architecture of transformers, tiny; writes docs
 test: install  ## run every test that needs no GPU and no root, at most 10 minutes on two cores
 	@echo '#include <libaio.h>' | c++ -E -x c++ - >/dev/null 2>&1 \
 		|| { echo "the tests of NVMe offload need libaio: apt-get install libaio-dev"; exit 2; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster and not vllm' -n 3 $(XDIST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster and not vllm' -n 2 $(XDIST)
 
 test-runs: install  ## whole training runs, minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 3 $(XDIST)
