@@ -42,7 +42,7 @@ models: install  ## every causal architecture of transformers, tiny; writes docs
 	$(BIN)/python -m tests.models.table build/models.json docs/models_sweep.md
 	@rm build/models.json  # which a sweep that was stopped would go on with
 
-test: install  ## run every test that needs no GPU and no root, at most 10 minutes on two cores
+test: install  ## run every test that needs no GPU and no root, 10 to 15 minutes on two cores
 	@echo '#include <libaio.h>' | c++ -E -x c++ - >/dev/null 2>&1 \
 		|| { echo "the tests of NVMe offload need libaio: apt-get install libaio-dev"; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster and not vllm' -n 2 $(XDIST)
