@@ -183,10 +183,12 @@ def measure_model(
     made_head = head.weight.numel() * hasattr(head, ROWS)  # with the trained rows in it
     parts = partly_called_blocks(model, partial(_run_decoder, model, tokens=1), not_in_shards)
     whole = [*whole_layers(model), *parts]
+    trained_in_whole = [sum(p.numel() for p in w.parameters() if p.requires_grad) for w in whole]
     blocks = feed_forward_blocks(model)  # gathered whole if they run in tiles
+    sizes = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
     return ModelSizes(
         name=type(model).__name__,
-        groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
+        groups=sizes,
         kinds=tuple(group["kind"] for group in groups),
         group_moments=tuple(moment_bytes([group]) for group in groups),
         averaged=optim.ema_decay is not None,
@@ -201,12 +203,7 @@ def measure_model(
         vocabulary=head.weight.shape[0],
         expanded=max(made_head, largest * (2 if stacked_matrices(model) else bool(quantised))),
         gathered_at_once=max([largest, *map(num_weights, [*whole, *blocks])]),
-        reduced_at_once=max(
-            [
-                *(p.numel() for group in groups for p in group["params"]),
-                *(sum(p.numel() for p in w.parameters() if p.requires_grad) for w in whole),
-            ]
-        ),
+        reduced_at_once=max([*map(max, sizes), *trained_in_whole]),
         partly_called=bool(parts),
         buffers=sum(buffer.nbytes for _, buffer in persistent_buffers(model)),
         flops=model_flops(model),

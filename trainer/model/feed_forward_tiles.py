@@ -67,9 +67,8 @@ def feed_forward_blocks(model: Any) -> Iterator[nn.Module]:
         of_experts = any(part.startswith("expert") for part in name.split("."))
         if not children & WIDENING or children & ATTENDING or whole_layer or of_experts:
             continue
-        if not tied.isdisjoint(module.parameters()):
-            continue
-        if _takes_one_tensor(module) and _is_by_token(module):
+        alone = tied.isdisjoint(module.parameters())
+        if alone and _takes_one_tensor(module) and _is_by_token(module):
             yield module
 
 
