@@ -98,16 +98,20 @@ def set_build_folder_and_flags() -> None:
     if shutil.which("ninja", path=own):
         os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
     for name in OPS.values():
-        _leave_out_debug_information(getattr(builders, name))
+        _compile_less(getattr(builders, name))
 
 
-def _leave_out_debug_information(builder: Any) -> None:
-    """Compile without -g, which takes a third of the compiler's time (25 s a file, 17 s without).
+def _compile_less(builder: Any) -> None:
+    """Compile without what the ops do not need, which takes half of the compiler's time.
 
-    There is no later flag to undo it: DeepSpeed's stand last in the compiler's command.
+    There is no later flag to undo -g: DeepSpeed's stand last in the compiler's command. By the
+    macro torch/extension.h leaves torch/all.h out, as for what torch.compile writes.
     """
     arguments = builder.cxx_args
-    builder.cxx_args = lambda self: [flag for flag in arguments(self) if flag != "-g"]
+    builder.cxx_args = lambda self: [
+        *(flag for flag in arguments(self) if flag != "-g"),
+        "-DTORCH_INDUCTOR_CPP_WRAPPER",
+    ]
 
 
 def _is_prebuilt(name: str) -> bool:
