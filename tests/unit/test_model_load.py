@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from packhorse.trainer.config.recipe import ModelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.checks import require_positions
 from packhorse.trainer.model.load import load_model, load_tokenizer
-from tests.model_helpers import SIZES
+from packhorse.trainer.model.new_weights import initialise
+from tests.model_helpers import SIZES, tiny_llama
 from tests.ranks import run_ranks
 
 torch.set_num_threads(1)
@@ -207,6 +209,41 @@ def test_random_weights_follow_the_seed_and_nothing_else(folder: Path) -> None:
     assert not torch.equal(first[name], first[name.replace("layers.0", "layers.1")])
     assert float(first[name].std()) == pytest.approx(0.02, rel=0.1), "the model's own rule"
     assert torch.equal(first["model.norm.weight"], torch.ones(32))
+
+
+class Elsewhere(torch.nn.Parameter):
+    """A parameter that says it lies on a GPU."""
+
+    device = property(lambda _: torch.device("cuda"))  # type: ignore[assignment]
+
+
+def test_new_weights_are_drawn_on_the_cpu_wherever_the_model_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ZeRO-3 builds it on the GPU, whose numbers are others, and the other stages on the CPU."""
+    expected, model = tiny_llama().state_dict(), tiny_llama()
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, Elsewhere(torch.full_like(parameter, 9.0)))
+    there = {name: p.data_ptr() for name, p in model.named_parameters()}
+    copied: set[int] = set()
+    plain = model._init_weights
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        made = tensor.clone()
+        copied.add(made.data_ptr())
+        return made
+
+    def draw(module: torch.nn.Module) -> None:
+        assert {p.data_ptr() for p in module.parameters(recurse=False)} <= copied
+        plain(module)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", copy)
+    monkeypatch.setattr(model, "_init_weights", draw)
+    initialise(model, 0, lambda parameters, write=False: nullcontext())
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == there
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -107,5 +107,5 @@ def add_embeddings(model: Any, rows: int, new_ids: list[int], gathered: Gathered
                 continue
             old = torch.ones(parameter.shape[0], dtype=torch.bool)
             old[new_ids] = False
-            # summed in fp32: bf16 would lose most of a mean over 10^5 entries
-            parameter[new_ids] = parameter[old].float().mean(0).to(parameter.dtype)
+            # in fp32: bf16 would lose most of a mean over 10^5 entries; and on the CPU, as above
+            parameter[new_ids] = parameter.cpu()[old].float().mean(0).to(parameter)
