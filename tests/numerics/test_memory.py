@@ -59,12 +59,23 @@ _CASES = (
     *(f"{stage}-bfloat16-float32-hybrid-ema" for stage in ("zero1", "zero3")),
     *(f"{stage}-float32-float32-listed" for stage in ("zero1", "zero2", "zero3")),
     *(f"zero2-bfloat16-{sums}-listed" for sums in ("float32", "bfloat16")),
+    *(f"{stage}-float32-float32-shared" for stage in ("zero2", "zero3")),
 )
 CASES = list(dict.fromkeys(_CASES))
+
+
+def shared_config() -> Any:
+    """Return a configuration whose feed-forward block has two places, and is the largest module."""
+    config = config_of("zamba2")
+    config.intermediate_size = 512
+    return config
+
+
 # random models of these configurations
 FAMILIES: dict[str, Callable[[], Any]] = {
     "experts": lambda: config_of("gpt_oss"),
     "hybrid": lambda: config_of("lfm2"),
+    "shared": shared_config,
     "towers": gemma_config,
     # a plan sees which experts a forward calls where the data do not choose them
     "listed": lambda: listed_experts.ListedConfig(
@@ -123,9 +134,13 @@ def test_the_plan_is_what_a_streamed_state_takes_and_moves(
     assert found[name][part]["planned"] == max(found[name][part]["held"]) > 0
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("zero3") or "listed" in n])
+_WAIT = ("zero3", "listed", "shared")
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if any(word in n for word in _WAIT)])
 def test_the_plan_is_what_waits_to_be_reduced(found: dict[str, Any], name: str) -> None:
-    """All gradients at stages 1 and 2, where experts are a list; those of a layer at 3."""
+    """All gradients at stages 1 and 2, where a module calls a part of a list of modules; those of a
+    layer at 3, but of one parameter where it has another place, too."""
     assert found[name]["waiting"]["planned"] == max(found[name]["waiting"]["held"]) > 0
 
 

@@ -102,7 +102,7 @@ def test_tiles_leave_out_what_widens(
     monkeypatch.setattr(feed_forward_tiles, "FEWEST_TOKENS", tile)
     planned = trace_activations(empty, TOKENS)["full"]
     assert planned.kept == whole.kept
-    block = next(feed_forward_tiles.feed_forward_blocks(real))
+    block = feed_forward_tiles.feed_forward_blocks(real)[0]
     of_tile = saved_bytes(block, partial(block, torch.randn(1, tile, tile, requires_grad=True)))
     sums = (4 + 4) * sum(p.numel() for p in block.parameters())
     set_tiles(real, True)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model.decoder import tied_weights, whole_layers
+from packhorse.trainer.model.decoder import untied, whole_layers
 from packhorse.trainer.model.feed_forward_tiles import require_gradient, tiled_blocks
 
 
@@ -80,11 +80,10 @@ def gather_whole(model: Any, partly_called: Sequence[nn.Module]) -> None:
     inside = {part for layer in layers for part in layer.modules()}
     # else a block's weights would be gathered again for each tile
     tiled = [block for block in tiled_blocks(model) if block not in inside]
-    tied = tied_weights(model)
     parts = [
         block
-        for block in partly_called
-        if block not in inside and block not in tiled and tied.isdisjoint(block.parameters())
+        for block in untied(model, partly_called)
+        if block not in inside and block not in tiled
     ]
     for block in parts:
         block.register_forward_pre_hook(require_gradient)

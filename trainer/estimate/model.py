@@ -23,11 +23,10 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.metrics import ModelFlops, model_flops, used_weights
-from packhorse.trainer.model import attention
+from packhorse.trainer.model import attention, decoder
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.checks import plan_failures_explained
-from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
 from packhorse.trainer.model.expert_lora import expert_parameters, stacked_matrices
 from packhorse.trainer.model.expert_weights import packable_experts
 from packhorse.trainer.model.feed_forward_tiles import (
@@ -145,7 +144,7 @@ def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
     bounds = Bounds(torch.zeros(2, dtype=torch.int32, device="meta"), tokens, (tokens,))
     grouped = replaced(moe, "_can_use_grouped_mm", _is_grouped_on_meta)
     with attention.found_by_all(bounds), grouped:
-        out = decoder_of(model)(
+        out = decoder.decoder_of(model)(
             input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
         )
     return out.last_hidden_state[0]
@@ -182,7 +181,7 @@ def measure_model(
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     made_head = head.weight.numel() * hasattr(head, ROWS)  # with the trained rows in it
     parts = partly_called_blocks(model, partial(_run_decoder, model, tokens=1), not_in_shards)
-    whole = [*whole_layers(model), *parts]
+    whole = [*decoder.whole_layers(model), *decoder.untied(model, parts)]
     trained_in_whole = [sum(p.numel() for p in w.parameters() if p.requires_grad) for w in whole]
     blocks = feed_forward_blocks(model)  # gathered whole if they run in tiles
     sizes = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
@@ -202,7 +201,7 @@ def measure_model(
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.weight.shape[0],
         expanded=max(made_head, largest * (2 if stacked_matrices(model) else bool(quantised))),
-        gathered_at_once=max([largest, *map(num_weights, [*whole, *blocks])]),
+        gathered_at_once=max([largest, *map(decoder.num_weights, [*whole, *blocks])]),
         reduced_at_once=max([*map(max, sizes), *trained_in_whole]),
         partly_called=bool(parts),
         buffers=sum(buffer.nbytes for _, buffer in persistent_buffers(model)),
@@ -325,7 +324,7 @@ def _trace_forward(
             of_layers[-1] += saved()
 
         hooks = []
-        for layer in decoder_layers(model):
+        for layer in decoder.decoder_layers(model):
             hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
         set_checkpointing(model, mode, count_and_save)
         set_tiles(model, tiles)

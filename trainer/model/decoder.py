@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from typing import Any
@@ -59,24 +59,21 @@ def whole_layers(model: Any) -> list[nn.Module]:
     """
     if not all(p.requires_grad for p in model.parameters()):
         return []
-    tied = tied_weights(model)
     return [
         layer
-        for layer in decoder_layers(model)
-        if list(layer.children())
-        and num_weights(layer) <= WHOLE_LAYER
-        and tied.isdisjoint(layer.parameters())
+        for layer in untied(model, decoder_layers(model))
+        if list(layer.children()) and num_weights(layer) <= WHOLE_LAYER
     ]
 
 
-def tied_weights(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that have several places in a model.
+def untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return those of the modules whose parameters have no other place in the model.
 
-    Their gradients are complete where the backward has come to the first of these places. DeepSpeed
+    Tied gradients are complete where the backward has come to the first of their places. DeepSpeed
     would reduce them with the last one, if ZeRO-3 gathered that one whole.
     """
     places = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
-    return {parameter for parameter, number in places.items() if number > 1}
+    return [module for module in modules if all(places[p] == 1 for p in module.parameters())]
 
 
 def num_weights(module: nn.Module) -> int:

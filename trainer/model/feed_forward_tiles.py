@@ -12,7 +12,7 @@ H hidden size, T tokens of this rank.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model.decoder import tied_weights
+from packhorse.trainer.model.decoder import untied
 
 # Modules that widen in a feed-forward block, by the names that transformers gives them.
 WIDENING = {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc", "dense_h_to_4h"}
@@ -52,14 +52,14 @@ def wants_tiles(checkpointing: str, tokens: int, hidden: int) -> bool:
     return recomputes and tokens >= FEWEST_TILES * tile_tokens(hidden)
 
 
-def feed_forward_blocks(model: Any) -> Iterator[nn.Module]:
-    """Yield the blocks that may run in tiles: those that treat each token by itself.
+def feed_forward_blocks(model: Any) -> list[nn.Module]:
+    """Return the blocks that may run in tiles: those that treat each token by itself.
 
     Experts, each of which gets some tokens only, are left out, as are blocks with dropout, whose
     random numbers belong to the whole sequence, those with other weights than products', those that
     take more than their input, as a residual or the layer's number, and those that share weights.
     """
-    tied = tied_weights(model)
+    found = []
     for name, module in model.named_modules():
         children = {child for child, _ in module.named_children()}
         # some models have these modules in the layer itself, beside its attention
@@ -67,9 +67,9 @@ def feed_forward_blocks(model: Any) -> Iterator[nn.Module]:
         of_experts = any(part.startswith("expert") for part in name.split("."))
         if not children & WIDENING or children & ATTENDING or whole_layer or of_experts:
             continue
-        alone = tied.isdisjoint(module.parameters())
-        if alone and _takes_one_tensor(module) and _is_by_token(module):
-            yield module
+        if _takes_one_tensor(module) and _is_by_token(module):
+            found.append(module)
+    return untied(model, found)
 
 
 def _takes_one_tensor(block: nn.Module) -> bool:
@@ -93,7 +93,7 @@ def _is_by_token(block: nn.Module) -> bool:
 
 def set_tiles(model: Any, on: bool) -> int:
     """Let the blocks run in tiles, or whole again; return their number."""
-    blocks = list(feed_forward_blocks(model))
+    blocks = feed_forward_blocks(model)
     # Liger's forwards, which liger_layers.py takes off and puts back by this table
     fused: dict[nn.Module, Any] = getattr(model, "_fused_forwards", {})
     for block in blocks:
