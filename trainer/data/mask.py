@@ -204,9 +204,7 @@ class Masker:
         for n, ids in zip([*rows, *texts], of_rows + of_texts, strict=True):
             try:
                 example = (
-                    self._text_example(texts[n], ids)
-                    if n in texts
-                    else self._template_example(rows[n], ids)
+                    self._text_example(ids) if n in texts else self._template_example(rows[n], ids)
                 )
                 results[n] = replace(example, unread=conversations[n].unread)
             except RowError as error:
@@ -348,7 +346,7 @@ class Masker:
             spans.append((start, stop))
         return _Located(ids, controls, spans, cuts)
 
-    def _text_example(self, text: str, tokens: list[int]) -> Example:
+    def _text_example(self, tokens: list[int]) -> Example:
         if self.control_tokens != "keep" and self._encoder.controls(tokens) != self._text_controls:
             raise RowError(HOLDS_CONTROL)
         if tokens[:2] == [self.tokenizer.bos_token_id] * 2:  # the text brought its own
