@@ -26,7 +26,7 @@ from packhorse.trainer import build_engine, dist, guard, run_folder, train
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.config.sections import ModelSection
-from packhorse.trainer.data import loader, summary
+from packhorse.trainer.data import loader, streaming, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import StreamingData
 from packhorse.trainer.engine import (
@@ -411,6 +411,11 @@ def shards_appear() -> Any:
     return mock.patch.object(loader.Loader, "step", step)
 
 
+def small_shards() -> Any:
+    """Cut a stream into shards of ten rows."""
+    return mock.patch.object(streaming, "SHARD_ROWS", 10)
+
+
 # ------------------------------------------------------------------------------ steps that go wrong
 
 
@@ -478,7 +483,7 @@ CHANGES: dict[str, Any] = {
     **DEFECTIVE_RESUMES,
     "frozen_and_buffers": frozen_and_buffers,
 }
-CHANGES |= {f.__name__: f for f in (shards_appear, fp8_on_cpu)}
+CHANGES |= {f.__name__: f for f in (shards_appear, small_shards, fp8_on_cpu)}
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 CHANGES |= {f.__name__: f for f in (stale_expert_gradients, experts_unpacked, towers_trained)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}

@@ -47,14 +47,10 @@ def runs(root: Path) -> dict[str, Run]:
         return case(root, "grown", "zero3", *grows, changes=["shards_appear"], **stop)
 
     stream = cut(root / "stream", (17, 20), present=2)  # files of other sizes than the shards
-    streams = [
-        f"data.train=[{{name: {stream}, streaming: true}}]",
-        "data.shard_rows=10",
-        *grows[1:],
-    ]
+    streams = [f"data.train=[{{name: {stream}, streaming: true}}]", *grows[1:]]
 
     def streamed(name: str, **stop: int) -> dict[str, Any]:
-        return case(root, name, "zero3", *streams, **stop)
+        return case(root, name, "zero3", *streams, changes=["small_shards"], **stop)
 
     parts = [
         streamed("stopped-stream", stop_after=4),

@@ -61,7 +61,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             stderr=subprocess.STDOUT,
         )
     try:
-        made = Server(url=f"http://127.0.0.1:{port}/v1", parallel=2)
+        made = Server(url=f"http://127.0.0.1:{port}/v1")
         deadline = time.monotonic() + START_S
         while True:
             assert process.poll() is None, log.read_text()[-3000:]

@@ -66,8 +66,7 @@ DOES_NOT: dict[str, list[Any]] = {
     "data.train.0.path": ["{work}/moved.jsonl"],
     "data.train.0.weight": [0.5],
     "data.eval": [[{"path": "{work}/changed.jsonl"}]],
-    "data.max_leakage": [0.5],
-    "data.leakage": ["drop"],  # which makes a folder of its own of those documents
+    "data.max_leakage": [0.5, "drop"],  # which makes a folder of its own of those documents
     "data.packing": ["none", "bfd_split", "wrapped", "greedy"],
     "data.max_rejects": [0.5],
     "data.cache": ["{work}/elsewhere"],
@@ -90,7 +89,7 @@ WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 # A source that grows is prepared shard by shard, each as a file like any other.
-GROWS = {"data.train.0.streaming", "data.shard_rows"}
+GROWS = {"data.train.0.streaming"}
 
 # Keys that choose rows of a dataset or a folder: its files shape the documents, or on the hub the
 # fingerprint that datasets gives to the rows.

@@ -332,7 +332,7 @@ def sampled(tmp_path: Path, form, group_by: str | None = None, **data) -> Recipe
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = [{"path": str(path), "group_by": group_by}]
     split = {"train": train, "eval_fraction": 0.1, "max_leakage": 0.01}
-    return recipe(tmp_path, **split, **data)
+    return recipe(tmp_path, **{**split, **data})
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_sampled_answers_split_by_row_leak_by_their_prompt(tmp_path, tokenizer, 
     message = (
         r"data\.eval: (\d+) of \1 rows \(100\.0%\) have a prompt that rows of data\.train have, "
         r"too, .*sampled.jsonl:\d+ and .*prompts.jsonl: .* data\.train\[\]\.group_by, .* "
-        r"data\.leakage: drop"
+        r"data\.max_leakage: drop"
     )
     with pytest.raises(BadInput, match=message):
         checked(sampled(tmp_path, form), tokenizer)
@@ -385,7 +385,7 @@ def test_a_plain_text_has_no_prompt():
 
 
 def test_training_rows_that_leak_are_dropped_if_the_recipe_says_so(tmp_path, tokenizer):
-    of = sampled(tmp_path, as_question, leakage="drop")
+    of = sampled(tmp_path, as_question, max_leakage="drop")
     whole, held_out = prepare(of, tokenizer, "train"), prepare(of, tokenizer, "eval")
     train, compared = both(of, tokenizer)
     assert compared.fingerprint == held_out.fingerprint, "evaluation is what it was"
@@ -412,18 +412,18 @@ def test_training_rows_that_leak_are_dropped_if_the_recipe_says_so(tmp_path, tok
 
 
 def test_a_drop_drops_near_duplicates_too_and_nothing_where_nothing_leaks(tmp_path, tokenizer):
-    train, _ = both(leaky(tmp_path, leakage="drop", max_leakage=0.0), tokenizer)
+    train, _ = both(leaky(tmp_path, max_leakage="drop"), tokenizer)
     assert sorted({*range(1, 101)} - set(train.documents.rows.tolist())) == [6, 41, 61, 91]
     assert (train.report["leaked"], train.report["rejected"]) == (3, 1)
     (tmp_path / "clean").mkdir()
-    clean = sampled(tmp_path / "clean", as_question, leakage="drop", group_by="question")
+    clean = sampled(tmp_path / "clean", as_question, max_leakage="drop", group_by="question")
     assert both(clean, tokenizer)[0].fingerprint == prepare(clean, tokenizer, "train").fingerprint
 
 
 def test_a_drop_that_leaves_nothing_is_refused(tmp_path, tokenizer):
     same = [{"path": written(tmp_path / "same.jsonl", [text(1), text(2)])}]
     with pytest.raises(BadInput, match="no row is left, as all 2 leaked"):
-        checked(recipe(tmp_path, train=same, eval=same, leakage="drop"), tokenizer)
+        checked(recipe(tmp_path, train=same, eval=same, max_leakage="drop"), tokenizer)
 
 
 def test_gsm8k_does_not_leak(shared, tmp_path, tokenizer):

@@ -29,12 +29,16 @@ def endpoint(url: str, **settings: Any) -> Server:
 
 
 def ask(
-    server: StandIn | str, count: int = 1, patience_s: float | None = None, **settings: Any
+    server: StandIn | str,
+    count: int = 1,
+    patience_s: float | None = None,
+    requests: int = 16,
+    **settings: Any,
 ) -> list[str]:
     """Return the answers to conversations numbered from 0."""
     url = server if isinstance(server, str) else server.url
     bodies = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(count)]
-    with Client(endpoint(url, **settings), patience_s=patience_s) as client:
+    with Client(endpoint(url, **settings), patience_s=patience_s, requests=requests) as client:
         return [text_of(reply) for reply in client.post("chat/completions", bodies)]
 
 
@@ -54,10 +58,10 @@ def test_answers_come_in_the_order_of_their_questions() -> None:
         return 200, chat_reply(f"answer {number(request)}")
 
     with StandIn(answer) as server:
-        assert ask(server, 4, parallel=4) == [f"answer {n}" for n in range(4)]
+        assert ask(server, 4) == [f"answer {n}" for n in range(4)]
 
 
-def test_no_more_are_asked_at_once_than_the_recipe_says() -> None:
+def test_no_more_are_asked_at_once_than_the_client_may() -> None:
     running, most, lock = 0, 0, threading.Lock()
 
     def answer(request: Request) -> Reply:
@@ -71,7 +75,7 @@ def test_no_more_are_asked_at_once_than_the_recipe_says() -> None:
         return 200, chat_reply("")
 
     with StandIn(answer) as server:
-        ask(server, 12, parallel=2)
+        ask(server, 12, requests=2)
     assert most <= 2
 
 

@@ -368,6 +368,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
             with_key("loss.weighting", "constant"),
             "`loss.weighting`: it is `token`, `example` or a whole number",
         ),
+        (with_key("data.max_leakage", 2), "it is `drop` or a share from 0 to 1 (got 2)"),
         (with_key("loss.weighting", 0), "or a whole number above 0"),
         (
             {**with_key("loss.router_aux", 0.1), "model": {"name": "x", "compile": "layers"}},
@@ -491,6 +492,7 @@ def test_what_may_change_on_a_resume_is_not_fixed():
         "batch.micro_batch_size": 2,
         "model.activation_checkpointing": "none",
         "model.attention": "reference",
+        "data.max_leakage": 0.5,
         "parallel.deepspeed": "zero2",
         "checkpoint.keep": 9,
         "checkpoint.before_timeout_s": 60,
@@ -500,6 +502,7 @@ def test_what_may_change_on_a_resume_is_not_fixed():
         "model.name": "other",
         "model.dtype": "float32",
         "data.packing": "none",
+        "data.max_leakage": "drop",
         "batch.seq_len": 64,
         "batch.global_batch_size": 3,
         "loss.weighting": "example",

@@ -459,9 +459,14 @@ def test_preparing_what_is_there_decides_nothing(ground, tokenizer):
 # ------------------------------------------------------------------------------------------ streams
 
 
-def stream(ground: Ground, shard_rows: int = 7) -> dict[str, Any]:
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(streaming, "SHARD_ROWS", 7)
+
+
+def stream(ground: Ground) -> dict[str, Any]:
     """A local dataset that is read as a stream, files of other sizes than the shards."""
-    return {"train": [{"name": str(ground.folder), "streaming": True}], "shard_rows": shard_rows}
+    return {"train": [{"name": str(ground.folder), "streaming": True}]}
 
 
 def test_a_stream_gives_every_row_once_and_then_repeats(ground):
@@ -570,7 +575,8 @@ def test_what_rows_of_a_stream_share_is_checked_once(ground, monkeypatch):
         return is_sound(batch, full=full)
 
     monkeypatch.setattr(arrow_fields, "_is_sound", counted)
-    (shard,) = prepare_now(ground.recipe(**stream(ground, 20)), ground._tokenizer)
+    monkeypatch.setattr(streaming, "SHARD_ROWS", 20)
+    (shard,) = prepare_now(ground.recipe(**stream(ground)), ground._tokenizer)
     assert shard.report["rows"] == shard.report["documents"] == 20
     assert (len(checks), sum(checks)) == (20, 2), "one for each row group"
 

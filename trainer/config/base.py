@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import types
+from contextlib import suppress
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
@@ -72,6 +73,18 @@ def number_or(*words: str) -> BeforeValidator:
             known = ", ".join(f"`{word}`" for word in words)
             raise ValueError(f"it is {known} or a whole number above 0")
         return value
+
+    return BeforeValidator(check)
+
+
+def share_or(word: str) -> BeforeValidator:
+    """Return a check of a key of the type `float | Literal[word]`; see `number_or`."""
+
+    def check(value: Any) -> Any:
+        with suppress(TypeError, ValueError):  # YAML takes 1e-3 for a text, which float reads
+            if value == word or 0 <= float(value) <= 1:
+                return value
+        raise ValueError(f"it is `{word}` or a share from 0 to 1")
 
     return BeforeValidator(check)
 

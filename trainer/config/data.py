@@ -4,7 +4,7 @@ documents are cut and packed.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, field_validator
 
@@ -14,6 +14,7 @@ from packhorse.trainer.config.base import (
     Section,
     check_belongs,
     check_one_given,
+    share_or,
 )
 from packhorse.trainer.utils.remote import check_url, is_url
 
@@ -137,15 +138,12 @@ class DataSection(Section):
     that no row changes sides when others are added or reordered."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Training rows whose tokens equal an earlier row's. Both count them."""
-    max_leakage: float = Field(default=0.01, ge=0, le=1)
+    max_leakage: Annotated[float | Literal["drop"], share_or("drop")] = 0.01
     """The run stops if a larger share of the evaluation rows also occurs in the training data,
     exactly or as near-duplicates (a Jaccard similarity of 0.8 or more of their three-word
     sequences), or shares its prompt with a training row. Chance matches of short rows stay below
     the default; a copied file, or a random split of repeated rows or of several answers to each
-    question, does not."""
-    leakage: Literal["stop", "drop"] = "stop"
-    """What becomes of a leak. stop: see max_leakage; drop: leave the training rows out that an
-    evaluation row is like, or shares its prompt with, however few they are."""
+    question, does not. drop: leave such training rows out instead, however few they are."""
     train_on: Literal["all", "completion", "assistant", "last_turn"] = "assistant"
     """Tokens with a loss. all: every token; completion: the last assistant turn; assistant: every
     assistant turn; last_turn: every assistant turn after the last user message."""
@@ -190,8 +188,6 @@ class DataSection(Section):
     and count them."""
     max_rejects: float = Field(default=0.01, ge=0, le=1)
     """The run stops if a larger share of the rows is rejected."""
-    shard_rows: int = Field(default=10_000, ge=1)
-    """Rows of a streamed dataset that are packed together."""
     cache: str = "~/.cache/packhorse"
     """Folder for the tokenized data. It may be local to a node."""
     workers: int | None = Field(default=None, ge=1)

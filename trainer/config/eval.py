@@ -31,8 +31,6 @@ class Server(Section):
     timeout_s: float = Field(default=300.0, gt=0)
     """Limit for one answer; a request that fails (429, 5xx, no connection) is retried for as long.
     """
-    parallel: int = Field(default=16, ge=1)
-    """Requests at the same time."""
     extra: dict[str, JsonValue] = Field(default_factory=dict)
     """More fields of each request, as `{max_tokens: 4096}`; null removes a field."""
 
@@ -230,10 +228,8 @@ class EvalSection(Section):
     early_stopping: EarlyStoppingSection | None = None
     lm_eval: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, as `[gsm8k, mmlu]`, or your own as FOLDER/TASK. `packhorse
-    eval` runs them, as they take too long during training. Needs the extra `lm-eval`."""
-    lm_eval_chat: bool = False
-    """Ask the tasks through the chat template. The library's default, and most published numbers',
-    is without."""
+    eval` runs them, as they take too long during training. They are asked through the model's
+    chat template if it has one. Needs the extra `lm-eval`."""
 
     @property
     def by_server(self) -> bool:

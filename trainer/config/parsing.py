@@ -28,7 +28,9 @@ RENAMED_KEYS = {
     "data.max_tokens": "`data.max_length`",
     "data.cut_answers": "`data.too_long: truncate_anywhere`",
     "data.group_by": "a key of each source: `data.train[].group_by`",
+    "data.leakage": "`data.max_leakage: drop`",
     "data.near_duplicate": "always 0.8: leave it out",
+    "data.shard_rows": "always 10,000: leave it out",
     "data.train_trailing_newline": "`data.train_on_eot: with_newline`",
     "data.train.grows": "`data.train[].streaming`",
     "data.eval.grows": "`data.eval[].streaming`",
@@ -54,6 +56,8 @@ RENAMED_KEYS = {
     "eval.generator": "decided by `eval.server` and `eval.vllm_python`: the one that is given "
     "answers, else the engine",
     "eval.lm_eval_path": "a part of the task's name: `eval.lm_eval: [FOLDER/TASK]`",
+    "eval.lm_eval_chat": "decided by the model, which has a chat template or none: leave it out",
+    "eval.server.parallel": "always 16: leave it out, or raise `timeout_s` if the server is slow",
     "eval.server.patience_s": "`eval.server.timeout_s`, which limits an answer and its retries",
     "eval.generate.scorers.text": "`kind: format` with the pattern `.*TEXT.*`",
     "eval.generate.scorers.ignore_case": "`ignore: [case]`",
@@ -62,6 +66,8 @@ RENAMED_KEYS = {
     "eval.generate.scorers.column": "`expected: COLUMN` of `kind: refusal`",
     "eval.generate.scorers.endpoint": "a part of the scorer: `url`, `model` and the other keys of "
     "`endpoint` stand beside `rubric`",
+    "eval.generate.scorers.parallel": "always 16: leave it out, or raise `timeout_s` if the server "
+    "is slow",
     "eval.generate.scorers.grades": "always 5: leave it out",
     "eval.generate.scorers.max_tokens": "a field of the request: `extra: {max_tokens: 4096}`",
     "eval.best.maximize": "`eval.best.metric`: of a scorer the highest value wins",

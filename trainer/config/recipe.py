@@ -44,10 +44,7 @@ _FREE_KEYS = {
         *("activation_checkpointing", "attention", "compile", "layer_kernels"),
         "trust_remote_code",
     ),
-    "data": (
-        *("eval", "max_leakage", "cache", "workers"),
-        *("max_rejects", "broken_lines"),
-    ),
+    "data": (*("eval", "max_leakage", "cache", "workers", "max_rejects", "broken_lines"),),
     "batch": ("micro_batch_size",),
     "loss": ("kernel",),
     "train": ("max_hours",),
@@ -170,12 +167,14 @@ class Recipe(Section):
         `adapter` is one value: a section that is null has no keys to compare.
         """
         tree = self.model_dump(mode="json", exclude=set(_FREE_SECTIONS))
-        return {"adapter": tree.pop("adapter")} | {
+        fixed = {"adapter": tree.pop("adapter")} | {
             f"{section}.{key}": value
             for section, values in tree.items()
             for key, value in values.items()
             if key not in _FREE_KEYS.get(section, ())
         }
+        # the share may change, and not which rows are trained
+        return fixed | {"data.max_leakage": "drop" if self.data.max_leakage == "drop" else "stop"}
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, defaults included, as `load_recipe` reads it."""

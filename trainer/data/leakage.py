@@ -168,10 +168,10 @@ def check_leakage(
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     report["path"] = str(folder / PAIRS["rows"])
     report["prompts"]["path"] = str(folder / PAIRS["prompts"])
-    if recipe.data.leakage == "drop":
+    if recipe.data.max_leakage == "drop":
         train = _drop_leaked(recipe, train, folder, stopping)
     else:
-        _refuse_leak(report, recipe.data)
+        _refuse_leak(report, recipe.data.max_leakage)
     return train, replace(held_out, leakage=report)
 
 
@@ -255,8 +255,8 @@ def _pair(match: _Match, held_out: _HeldOut, train: Prepared) -> dict[str, Any]:
     }
 
 
-def _refuse_leak(report: dict[str, Any], data: DataSection) -> None:
-    rows, most, prompts = report["rows"], data.max_leakage, report["prompts"]
+def _refuse_leak(report: dict[str, Any], most: float) -> None:
+    rows, prompts = report["rows"], report["prompts"]
     problems = []
     for found, leaked, what in (
         (report, report["leaked_rows"], "a near-duplicate in data.train"),
@@ -276,8 +276,8 @@ def _refuse_leak(report: dict[str, Any], data: DataSection) -> None:
         raise BadInput(
             f"data.eval: {'; and '.join(problems)}: where data.eval_fraction holds rows out, keep "
             "those of one prompt together by data.train[].group_by, a column that they share (as "
-            "`question`); or set data.leakage: drop, which leaves such rows out of the training "
-            "data; or remove them yourself, or raise data.max_leakage"
+            "`question`); or set data.max_leakage: drop, which leaves such rows out of the "
+            "training data; or remove them yourself, or raise the share"
         )
 
 
@@ -297,8 +297,8 @@ def _drop_leaked(
     name = cache_folder(recipe.data) / f"documents-{key}"
     documents = keep_documents(name, documents, kept, stopping)
     log.info(
-        "data.leakage: drop: %d of %d training rows are left out, as evaluation rows are like them "
-        "or have their prompts; they are listed in %s",
+        "data.max_leakage: drop: %d of %d training rows are left out, as evaluation rows are "
+        "like them or have their prompts; they are listed in %s",
         *(documents.report["leaked"], documents.report["rows"], folder),
     )
     require_rows("data.train", train.weights, documents.report["sources"])

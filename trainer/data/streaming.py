@@ -42,6 +42,7 @@ from packhorse.trainer.utils.files import replace_file
 from packhorse.trainer.utils.staged_build import Stopped
 
 STREAMED = "shards"  # in the run folder: the rows that were taken from a stream
+SHARD_ROWS = 10_000  # of a stream, which are packed together
 POLL_S = 0.1  # of the ranks that wait for rank 0's decision
 # However small the shards are, those of the steps being built and run must stay open.
 OPEN_SHARDS = STEPS_AHEAD + 2
@@ -242,7 +243,7 @@ def prepare_now(recipe: Recipe, tokenizer: Any) -> list[Prepared]:
         return [_prepare_shard(recipe, path, tokenizer) for path in paths]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "first.jsonl"
-        _write_rows(path, islice(_plain_rows(open_stream(source, None)), recipe.data.shard_rows))
+        _write_rows(path, islice(_plain_rows(open_stream(source, None)), SHARD_ROWS))
         return [_prepare_shard(recipe, path, tokenizer)]
 
 
@@ -317,7 +318,7 @@ class _Stream:
 
     def __init__(self, recipe: Recipe, log: ShardLog, folder: Path) -> None:
         (self._source,) = recipe.data.train
-        self._shard_rows, self._log, self._folder = recipe.data.shard_rows, log, folder
+        self._log, self._folder = log, folder
         self._dataset: Any = None
 
     def next(self) -> _NewShard | None:
@@ -327,7 +328,7 @@ class _Stream:
             self._rows = _plain_rows(self._dataset)
         self._folder.mkdir(exist_ok=True)
         file = f"{len(taken):06d}.jsonl"
-        count = _write_rows(self._folder / file, islice(self._rows, self._shard_rows))
+        count = _write_rows(self._folder / file, islice(self._rows, SHARD_ROWS))
         if not count:
             return None
         first = taken[-1]["rows"][1] + 1 if taken else 1

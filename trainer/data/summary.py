@@ -226,7 +226,7 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
             table.add_row(apart, f"{part['apart']:,}")
         if part["duplicates"]:
             table.add_row("  duplicates", f"{part['duplicates']:,}")
-        if part.get("leaked"):  # where data.leakage: drop has left rows out
+        if part.get("leaked"):  # where data.max_leakage: drop has left rows out
             table.add_row("  leaked, left out", f"{part['leaked']:,}")
     if "leakage" in report:
         rows, prompts = report["leakage"], report["leakage"]["prompts"]

@@ -70,7 +70,7 @@ def judge_answers(
         scores = {str(grade): (grade - 1) / (GRADES - 1) for grade in range(1, GRADES + 1)}
         return [scores.get(_verdict(reply, "grade")) for reply in _ask(rule, questions, stopping)]
     pairs = [(prompt, answer, prompt.reference) for prompt, answer in asked]
-    # both orders at once: the server's `parallel` limits the requests
+    # both orders at once: the client limits the requests
     questions = [_question(_COMPARE, rule, p, first=a, second=b) for p, a, b in pairs]
     questions += [_question(_COMPARE, rule, p, first=b, second=a) for p, a, b in pairs]
     firsts = {"a": 1.0, "b": 0.0, "neither": 0.5}

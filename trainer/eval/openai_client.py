@@ -74,6 +74,7 @@ class Client:
         stopping: called while answers are waited for; if it returns True, the wait ends with
             Stopped.
         patience_s: how long a request that fails is retried; the server's `timeout_s` if None.
+        requests: at the same time, at most.
 
     Raises:
         Unreachable: the environment variable that should hold the key does not.
@@ -84,8 +85,9 @@ class Client:
         server: Server,
         stopping: Callable[[], bool] = lambda: False,
         patience_s: float | None = None,
+        requests: int = 16,
     ) -> None:
-        self._server, self._stopping = server, stopping
+        self._server, self._stopping, self._requests = server, stopping, requests
         self._patience_s = server.timeout_s if patience_s is None else patience_s
         self._url = server.url.rstrip("/")
         self._key = _read_key(server)
@@ -93,7 +95,7 @@ class Client:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(server.timeout_s, connect=min(_CONNECT_S, server.timeout_s)),
             # no connection is kept: the server may close it just as it is used again
-            limits=httpx2.Limits(max_connections=server.parallel, max_keepalive_connections=0),
+            limits=httpx2.Limits(max_connections=requests, max_keepalive_connections=0),
             # a proxy cannot reach this host
             trust_env=urlsplit(server.url).hostname not in ("localhost", "127.0.0.1", "::1"),
         )
@@ -137,7 +139,7 @@ class Client:
             return number, self._request("POST", path, body, patience_s, given_up)
 
         # its threads are daemons, so that no exit of the process waits for an answer
-        pool = ThreadPool(min(self._server.parallel, len(bodies)) or 1)
+        pool = ThreadPool(min(self._requests, len(bodies)) or 1)
         arriving = pool.imap_unordered(send, range(len(bodies)))
         # the first try, and one that was begun just before the patience ended
         limit_s = 2 * self._server.timeout_s + patience_s + _GRACE_S

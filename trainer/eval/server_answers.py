@@ -39,7 +39,7 @@ from packhorse.trainer.eval.openai_client import (
     prompt_tokens_of,
     text_of,
 )
-from packhorse.trainer.eval.vllm_server import PATIENCE_S, Gpu, check_vllm, free_gpus, running_vllm
+from packhorse.trainer.eval.vllm_server import LIMITS, Gpu, check_vllm, free_gpus, running_vllm
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.model.load import persistent_buffers
 from packhorse.trainer.model.lora import merged_weights
@@ -218,8 +218,8 @@ def answers(
         if recipe.eval.server
         else running_vllm(recipe, model, longest, log, gpus, stopping)
     )
-    patience_s = None if recipe.eval.server else PATIENCE_S
-    with server_there as server, Client(server, stopping, patience_s) as client:
+    limits: Any = () if recipe.eval.server else LIMITS
+    with server_there as server, Client(server, stopping, *limits) as client:
         fields: dict[str, Any] = {"model": model, "max_tokens": section.max_new_tokens}
         fields["temperature"] = section.temperature
         if section.temperature:

@@ -29,9 +29,10 @@ from packhorse.trainer.eval import subprocess_guard
 from packhorse.trainer.eval.openai_client import Client, Unreachable
 from packhorse.trainer.utils.staged_build import Stopped
 
-PATIENCE_S = 10.0  # for retries: a vLLM of our own that does not answer has ended
+# A client's seconds for retries, as a vLLM of our own that does not answer has ended; and its
+# requests at the same time.
+LIMITS = (10.0, 64)
 _ANSWER_S = 900.0
-_REQUESTS = 64  # at the same time
 _START_S = 1800.0  # to load a model: hundreds of GB over a network take long
 _END_S = 60.0
 _PROBE_S = 120.0  # to say whether there is a vllm: a Python on a network file system takes long
@@ -113,7 +114,7 @@ def running_vllm(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/v1"
-    server = Server(url=url, timeout_s=_ANSWER_S, parallel=_REQUESTS)
+    server = Server(url=url, timeout_s=_ANSWER_S)
     command = vllm_command(recipe, model, port, longest_prompt_tokens, gpus)
     environment = clean_environment()
     if not gpus:
