@@ -59,9 +59,9 @@ def evaluate_model(recipe: Recipe, out: Path, step: int) -> None:
         if recipe.eval.by_server and dist.is_main():
             # a part of the folder that the server loads
             save_description(model, tokenizer, recipe.model, out)
-        watch = Watch(recipe.guard, out)
-        metrics = open_metrics(recipe, out, engine, watch, step, Trackers([]))
-        evaluate = Evaluation(recipe, out, engine, data, masker, metrics, stop, watch)
-        if not evaluate(step):
-            write_stop(out, step)
-        metrics.close()
+        with Watch(recipe.guard, out) as watch:
+            metrics = open_metrics(recipe, out, engine, watch, step, Trackers([]))
+            evaluate = Evaluation(recipe, out, engine, data, masker, metrics, stop, watch)
+            if not evaluate(step):
+                write_stop(out, step)
+            metrics.close()

@@ -25,7 +25,8 @@ _REPORTS_S = 5.0  # for the other ranks' reports to appear
 
 
 class Watch:
-    """A thread that waits for beats. Every rank builds it, inside the process group.
+    """A thread that waits for beats until the block ends. Every rank builds it, inside the process
+    group.
 
     The thread needs Python's global lock. A rank that hangs while it holds that lock writes no
     report, and the others name it as one that is stopped or whose machine is gone.
@@ -40,7 +41,14 @@ class Watch:
         self._trail: deque[str] = deque(maxlen=3)
         self._intervals: deque[float] = deque(maxlen=_USUAL_BEATS)
         self._beat_at: float | None = None
+        self._ended = threading.Event()
         threading.Thread(target=self._wait, name="hang-watch", daemon=True).start()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
 
     def beat(self, where: str) -> None:
         """Record that work has moved on to `where`, and expect the next beat.
@@ -64,8 +72,7 @@ class Watch:
         return max(_USUAL_FACTOR * usual_s, self._section.hang_timeout_s)
 
     def _wait(self) -> None:
-        while True:
-            time.sleep(_POLL_S)
+        while not self._ended.wait(_POLL_S):
             beat_at = self._beat_at
             late = beat_at is not None and time.monotonic() - beat_at > self._limit_s()
             if late or os.path.exists(self._folder):  # the folder: another rank was first

@@ -176,15 +176,18 @@ def fit(prepared: PreparedRun) -> None:
     prepared = replace(prepared, recipe=recipe)
     with explain_out_of_memory("the model with its training state"):
         engine = build_engine(recipe, run_dir, prepared.tokenizer)
-    while train_from_checkpoint(prepared, engine) == "rollback":
-        if checkpoint.find(run_dir) is None:
-            raise StepNotApplied(
-                "guard: no checkpoint exists to roll back to; run the same command again to start "
-                "from the beginning without this step, and set checkpoint.every_steps"
-            )
+    with Watch(recipe.guard, run_dir) as watch:
+        while train_from_checkpoint(prepared, engine, watch) == "rollback":
+            if checkpoint.find(run_dir) is None:
+                raise StepNotApplied(
+                    "guard: no checkpoint exists to roll back to; run the same command again to "
+                    "start from the beginning without this step, and set checkpoint.every_steps"
+                )
 
 
-def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["ended", "rollback"]:
+def train_from_checkpoint(
+    prepared: PreparedRun, engine: Engine, watch: Watch
+) -> Literal["ended", "rollback"]:
     """Load the last checkpoint, train, evaluate and write the summary.
 
     Returns "rollback" where the guard asks to train from the last checkpoint once more.
@@ -198,7 +201,6 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
         return "ended"
 
     guard = Guard(recipe.guard, run_dir, recent_losses)
-    watch = Watch(recipe.guard, run_dir)
     place = (dist.rank(), dist.world_size(), dist.device().type == "cuda")
     loader = Loader(prepared.train_data, plan, *place, *recipe.parallel.cut)
     peak_bytes = memory_dry_run(recipe, engine, loader, first_step)

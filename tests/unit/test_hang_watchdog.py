@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from packhorse.trainer.hang_watchdog import name_slowest
+from packhorse.trainer.config.recipe import GuardSection
+from packhorse.trainer.hang_watchdog import Watch, name_slowest
 from tests.ranks import ROOT
 
 
@@ -24,6 +26,14 @@ def test_the_ranks_with_the_fewest_beats_are_named(tmp_path):
     assert name_slowest(tmp_path, 3) == "held up by ranks 0, 2, at step 3 > data"
     (tmp_path / "rank00001.txt").write_text("9 step 3 > data\n")
     assert name_slowest(tmp_path, 3) == "all ranks are at step 3 > data"
+
+
+def test_a_watch_ends_with_its_block(tmp_path):
+    with Watch(GuardSection(), tmp_path):
+        (thread,) = [one for one in threading.enumerate() if one.name == "hang-watch"]
+        assert thread.is_alive()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
 
 
 # beats for a while, pauses for longer than a hang, then beats once and never again

@@ -29,6 +29,22 @@ with dist.process_group():
 """
 
 
+CLOSED = """
+import os
+from packhorse.trainer import dist
+with dist.process_group():
+    dist.close_group(dist.new_group())
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(3):
+        group = dist.new_group()
+        assert dist.gather(dist.rank(), group) == [0, 1]
+        dist.close_group(group)
+        del group
+    dist.barrier()
+    assert len(os.listdir("/proc/self/task")) == before
+"""
+
+
 def test_ranks_that_hang_are_ended_and_their_stacks_shown() -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2 did not end") as caught:
         ranks.run_ranks(2, ["-c", HANG], timeout_s=3)
@@ -49,6 +65,11 @@ def test_ranks_return_what_they_print() -> None:
 
 def test_values_travel_between_ranks_without_a_pickle() -> None:
     ranks.run_ranks(3, ["-c", EXCHANGE])
+
+
+def test_a_group_that_is_closed_leaves_no_thread() -> None:
+    """A run that rolls back has one for the checkpoints of each of its attempts."""
+    ranks.run_ranks(2, ["-c", CLOSED])
 
 
 def test_a_single_rank_sees_its_values_as_several_ranks_would() -> None:

@@ -82,8 +82,10 @@ class Saver:
             raise BadInput(f"{self._root}: the checkpoints' folder cannot be used: {failure}")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self.wait()
+        if error is None:  # else the other ranks would fail in it, as in dist.process_group
+            dist.close_group(self._group)
 
     def save(self, state: RunState, best: int | None = None) -> None:
         """Copy the state and write it in the background, or write it now if no copy fits.
