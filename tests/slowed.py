@@ -84,8 +84,10 @@ def _main(place: str, ranks: str, seconds: str, *recipe: str) -> None:
     from packhorse.trainer import hang_watchdog
     from packhorse.trainer.cli import main
     from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.eval import generate
     from packhorse.trainer.utils.files import write_synced
 
+    generate.tokens_at_once = lambda recipe: 1  # a batch has one prompt
     hang_watchdog._USUAL_FACTOR = 2  # the first steps are slow, and hangs are waited for
     rank = os.environ["RANK"]
     run_dir = Path(load_recipe(recipe[0], recipe[1:]).run.dir)

@@ -77,9 +77,10 @@ def answers(order: dict[str, Any], template: str, stop: StopFlag, watch: Watch) 
     seeds = [dist.seed_from("test", number) for number in range(len(order["prompts"]))]
 
     def ids(prompts: list[list[int]], batch: int, **changes: Any) -> Any:
-        values = {"max_new_tokens": order["max_new_tokens"], "batch": batch, **changes}
+        values = {"max_new_tokens": order["max_new_tokens"], **changes}
         section = GenerateSection.model_validate(values)
-        return generate.answer_ids(built, prompts, section, stop, watch, seeds=seeds)
+        at_once = batch * (max(map(len, prompts)) + section.max_new_tokens)
+        return generate.answer_ids(built, prompts, section, at_once, stop, watch, seeds=seeds)
 
     prompts = order["prompts"]
     with whole_seen(built) as whole:
@@ -96,13 +97,14 @@ def answers(order: dict[str, Any], template: str, stop: StopFlag, watch: Watch) 
     with padding_is_seen():
         found["padding is seen"] = ids(prompts, len(prompts))
     asked = [Prompt(p, tokenizer.decode(p), "", Conversation(), {}) for p in prompts]
-    found["choices"] = generate.choice_logprobs(built, asked, CHOICES, 2, tokenizer, stop, watch)
+    found["choices"] = generate.choice_logprobs(built, asked, CHOICES, 50, tokenizer, stop, watch)
     return found
 
 
 def traces(order: dict[str, Any], template: str, stop: StopFlag, watch: Watch) -> list[Any]:
     """Trace two steps with answers between them, by whole weights and by layers, and without."""
-    section = GenerateSection(max_new_tokens=4, batch=2)
+    section = GenerateSection(max_new_tokens=4)
+    at_once = 2 * (max(map(len, order["prompts"])) + section.max_new_tokens)
     batch = pack(documents([9, 5], vocabulary=500), [[2, 3, 4], [1]], [0.25, 0.25])
     seen = []
     for answers_between in (False, True):
@@ -110,7 +112,9 @@ def traces(order: dict[str, Any], template: str, stop: StopFlag, watch: Watch) -
         built.step([batch, batch], 1e-2, Clock(dist.device()))
         for context in (whole_seen(built), gathering_never()) if answers_between else ():
             with context:
-                generate.answer_ids(built, order["prompts"], section, stop, watch, seeds=[])
+                generate.answer_ids(
+                    built, order["prompts"], section, at_once, stop, watch, seeds=[]
+                )
         result = built.step([batch], 1e-2, Clock(dist.device()))
         digests = sorted((str(key), value) for key, value in built.state.digests().items())
         seen.append([float(result.loss), result.grad_norm, dist.gather(digests)])

@@ -180,7 +180,9 @@ def main() -> None:
     import packhorse.trainer.checkpoint.universal
     import packhorse.trainer.cli.main
     import packhorse.trainer.train  # noqa: F401
+    from packhorse.trainer.eval import generate
 
+    generate.tokens_at_once = lambda recipe: 1  # a batch has one prompt
     gc.freeze()  # what is imported is shared by all ranks, and garbage of none
     for line in sys.stdin:
         values = json.loads(line)

@@ -18,7 +18,7 @@ from tests.runs.killed import ForkServer, Point, Run, assert_same
 
 pytestmark = pytest.mark.runs
 
-GENERATE = "eval.generate={num_prompts: 3, max_new_tokens: 6, batch: 1, temperature: 1.0}"
+GENERATE = "eval.generate={num_prompts: 3, max_new_tokens: 6, temperature: 1.0}"
 FILES = ("evaluations.jsonl", "samples.jsonl")
 
 LOSS_0, ANSWERS_0 = (

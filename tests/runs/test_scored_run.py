@@ -38,7 +38,7 @@ def train(folder: Path, scorers: dict[str, Any]) -> subprocess.CompletedProcess[
         "data.cache": str(folder / "cache"),
         "data.eval": [{"path": str(folder / "eval.jsonl")}],
         "train.steps": 2,
-        "eval.generate": {"num_prompts": 5, "max_new_tokens": 4, "batch": 2, "scorers": scorers},
+        "eval.generate": {"num_prompts": 5, "max_new_tokens": 4, "scorers": scorers},
     }
     command = [
         sys.executable,

@@ -220,6 +220,6 @@ def test_a_real_models_greedy_answers_are_the_engines(
     never: Any = NoStop()
     seeds = [0] * len(prompts)  # nothing is drawn
     asked = [prompt.input_ids for prompt in prompts]
-    ids = answer_ids(engine, asked, recipe.eval.generate, never, never, seeds=seeds)
+    ids = answer_ids(engine, asked, recipe.eval.generate, 1000, never, never, seeds=seeds)
     by_engine = tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert answers(recipe, str(tmp_path / "model"), prompts, log=tmp_path / "unused") == by_engine

@@ -60,7 +60,7 @@ def test_a_signal_in_training_saves_the_step(tmp_path):
 
 @pytest.mark.parametrize(("place", "asked"), [("held-out loss", "1"), ("generation", "0")])
 def test_a_signal_in_an_evaluation_leaves_no_part_of_it(tmp_path, place, asked):
-    _, step = signalled(place, "01", 1.0, tmp_path / "run", asked, "eval.generate.batch=1")()
+    _, step = signalled(place, "01", 1.0, tmp_path / "run", asked)()
     assert step == 0
     assert not (tmp_path / "run" / "metrics.jsonl").exists(), "half an evaluation is none"
 

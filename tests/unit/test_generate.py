@@ -12,9 +12,11 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from packhorse.trainer.config.eval import GenerateSection
+from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput, Conversation, Prompt
 from packhorse.trainer.eval import generate
 from tests.model_helpers import SIZES, documents, pack, sft, tiny, tiny_llama
+from tests.ranks import ROOT
 
 VOCABULARY = 1013  # no other size of the tiny model
 QUIET: Any = SimpleNamespace(poll=lambda: False, beat=lambda where: None)
@@ -33,9 +35,10 @@ def engine(model: Any) -> Any:
 
 
 def answer(model: Any, prompts: list[list[int]], **values: Any) -> list[list[int]]:
+    at_once = values.pop("batch", 32) * (max(map(len, prompts)) + 5)
     section = GenerateSection.model_validate({"max_new_tokens": 5, **values})
     seeds = list(range(len(prompts)))
-    found = generate.answer_ids(engine(model), prompts, section, QUIET, QUIET, seeds=seeds)
+    found = generate.answer_ids(engine(model), prompts, section, at_once, QUIET, QUIET, seeds=seeds)
     assert found is not None
     return found
 
@@ -104,7 +107,7 @@ def test_padding_changes_no_answer_and_no_likelihood() -> None:
 
     def likelihoods(prompts: list[Prompt]) -> Any:
         return generate.choice_logprobs(
-            engine(model), prompts, ["A", "BC"], 4, letters, QUIET, QUIET
+            engine(model), prompts, ["A", "BC"], 100, letters, QUIET, QUIET
         )
 
     together = torch.tensor(likelihoods(asked))
@@ -164,17 +167,38 @@ def test_every_prompt_runs_once_in_equally_many_rounds(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(world))
     lengths = [(7 * i) % 5 + 1 for i in range(count)]
+    at_once = size * max(lengths, default=1)
     by_rank = []
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        by_rank.append(list(generate._rounds(lengths, size, "generation", QUIET, QUIET)))
+        by_rank.append(list(generate._rounds(lengths, at_once, "generation", QUIET, QUIET)))
     assert len({len(rounds) for rounds in by_rank}) == 1
     assert sorted(i for rounds in by_rank for batch in rounds for i in batch) == list(range(count))
     assert all(len(batch) <= size for rounds in by_rank for batch in rounds)
     in_time = [
-        lengths[i] for at_once in zip(*by_rank, strict=True) for batch in at_once for i in batch
+        lengths[i] for together in zip(*by_rank, strict=True) for batch in together for i in batch
     ]
     assert in_time == sorted(lengths, reverse=True), "prompts of similar lengths run together"
+
+
+@pytest.mark.parametrize(
+    ("keys", "tokens"),
+    [
+        ({}, generate.FEWEST_TOKENS),
+        ({"seq_len": 32768, "micro_batch_size": 2}, 65536),
+    ],
+)
+def test_a_batch_of_prompts_has_as_many_tokens_as_one_of_training(
+    keys: dict[str, int], tokens: int
+) -> None:
+    recipe = load_recipe(
+        ROOT / "recipes" / "debug.yaml", [f"batch.{key}={value}" for key, value in keys.items()]
+    )
+    assert generate.tokens_at_once(recipe) == tokens
+    shared = recipe.parallel.model_copy(update={"sequence": 4})
+    assert generate.tokens_at_once(recipe.model_copy(update={"parallel": shared})) == max(
+        tokens // 4, generate.FEWEST_TOKENS
+    )
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused() -> None:
@@ -252,7 +276,7 @@ def test_the_head_sees_the_positions_of_the_choices_alone() -> None:
         Prompt(p, "", "", Conversation(), {}) for p in prompts_of(40, 33, vocabulary=VOCABULARY)
     ]
     with LargestLogits(model) as seen:
-        generate.choice_logprobs(engine(model), asked, ["A", "B"], 2, letters, QUIET, QUIET)
+        generate.choice_logprobs(engine(model), asked, ["A", "B"], 100, letters, QUIET, QUIET)
     assert seen.elements == 2 * VOCABULARY
 
 

@@ -185,8 +185,6 @@ class GenerateSection(Section):
     """The first so many held-out prompts."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer, in tokens."""
-    batch: int = Field(default=32, ge=1)
-    """Prompts that one rank runs at once."""
     temperature: float = Field(default=0.0, ge=0)
     """0: greedy decoding. Above 0: sampling, reproducible from train.seed."""
     top_p: float = Field(default=1.0, gt=0, le=1)

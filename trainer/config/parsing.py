@@ -52,6 +52,7 @@ RENAMED_KEYS = {
     "adapter.dora": "`adapter.variants: [dora]`",
     "adapter.double_quantisation": "`adapter.base: nf4_double_quant`",
     "adapter.double_quant": "`adapter.base: nf4_double_quant`",
+    "eval.generate.batch": "decided by the lengths of the prompts: leave it out",
     "eval.generate.rows": "`eval.generate.num_prompts`",
     "eval.generator": "decided by `eval.server` and `eval.vllm_python`: the one that is given "
     "answers, else the engine",

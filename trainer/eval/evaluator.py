@@ -25,8 +25,7 @@ from packhorse.trainer.data.mask import Masker
 from packhorse.trainer.data.prepare import Prepared, held_out_prompts
 from packhorse.trainer.datatypes import BadInput, Prompt
 from packhorse.trainer.engine.engine import Engine
-from packhorse.trainer.eval import server_answers
-from packhorse.trainer.eval.generate import answer_ids, choice_logprobs, require_room
+from packhorse.trainer.eval import generate, server_answers
 from packhorse.trainer.eval.metrics import (
     Metric,
     Sample,
@@ -145,7 +144,7 @@ class Evaluation:
         self._metrics, self._stop, self._watch = metrics, stop, watch
         self._tokenizer = masker.tokenizer
         self._afterwards = afterwards
-        self._generate = recipe.eval.generate
+        self._generate, self._at_once = recipe.eval.generate, generate.tokens_at_once(recipe)
         # rank 0 reads: other nodes may see an older state of a shared file system
         lines = read_json_lines(run_dir / EVALUATIONS) if dist.is_main() else []
         self._evaluated: set[int] = set(dist.broadcast([line["step"] for line in lines]))
@@ -162,7 +161,7 @@ class Evaluation:
         if self._generate:
             self._prompts = held_out_prompts(recipe, masker, self._generate.num_prompts)
             model: Any = engine.module.model
-            require_room(model, self._prompts, self._generate.max_new_tokens)
+            generate.require_room(model, self._prompts, self._generate.max_new_tokens)
             if dist.is_main():
                 check_scorers(self._generate.scorers, self._prompts)
 
@@ -219,8 +218,8 @@ class Evaluation:
         chosen: dict[str, list[str]] = {}
         for name, rule in section.scorers.items():
             if isinstance(rule, Choice):
-                logprobs = choice_logprobs(
-                    *(self._engine, self._prompts, rule.letters, section.batch),
+                logprobs = generate.choice_logprobs(
+                    *(self._engine, self._prompts, rule.letters, self._at_once),
                     *(self._tokenizer, self._stop, self._watch),
                 )
                 chosen[name] = [likeliest(rule.letters, row) for row in logprobs]
@@ -239,7 +238,8 @@ class Evaluation:
             for number in range(len(prompts))
         ]
         asked = [prompt.input_ids for prompt in prompts]
-        ids = answer_ids(self._engine, asked, section, self._stop, self._watch, seeds=seeds)
+        given = (self._engine, asked, section, self._at_once, self._stop, self._watch)
+        ids = generate.answer_ids(*given, seeds=seeds)
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _write(

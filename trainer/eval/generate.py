@@ -18,6 +18,7 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.eval import GenerateSection
+from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput, Prompt
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.hang_watchdog import Watch
@@ -26,6 +27,7 @@ from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.utils.progress import track
 from packhorse.trainer.utils.staged_build import Stopped
 
+FEWEST_TOKENS = 16_384  # that a rank runs at once, though a micro-batch of training may have fewer
 PAD = 0  # any token will do: the attention mask hides it
 
 
@@ -41,6 +43,13 @@ def require_room(model: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> 
         )
 
 
+def tokens_at_once(recipe: Recipe) -> int:
+    """Return how many tokens of prompts and answers a rank runs at once: those of a micro-batch,
+    which it has room for in training."""
+    micro_batch = recipe.batch.micro * recipe.batch.seq_len // recipe.parallel.ranks_a_sequence
+    return max(micro_batch, FEWEST_TOKENS)
+
+
 def stop_tokens(model: Any, trained: Sequence[int]) -> list[int]:
     """Return the ids of the stop tokens: the trained ones, plus those of the model's generation
     configuration (as the end of a tool call)."""
@@ -52,6 +61,7 @@ def answer_ids(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     section: GenerateSection,
+    at_once: int,
     stop: StopFlag,
     watch: Watch,
     *,
@@ -61,14 +71,15 @@ def answer_ids(
     model's generation configuration. Raises Stopped if the stop flag is raised.
 
     Args:
+        at_once: tokens that one rank runs at once.
         seeds: one a prompt. What is sampled follows from it alone: neither the number of ranks nor
             the batch changes it. Greedy answers need none.
     """
     model: Any = engine.module.model
-    lengths = [len(prompt) for prompt in prompts]
+    lengths = [len(prompt) + section.max_new_tokens for prompt in prompts]
     mine: dict[int, list[int]] = {}
     with _evaluating(model), engine.gather_for_generation() as independent:
-        for numbers in _rounds(lengths, section.batch, "generation", stop, watch):
+        for numbers in _rounds(lengths, at_once, "generation", stop, watch):
             # a rank without a prompt runs the shortest one: the collectives need every rank
             batch = numbers or [lengths.index(min(lengths))]
             given = [prompts[i] for i in batch]
@@ -175,7 +186,7 @@ def choice_logprobs(
     engine: Engine,
     prompts: Sequence[Prompt],
     choices: Sequence[str],
-    batch: int,
+    at_once: int,
     tokenizer: Any,
     stop: StopFlag,
     watch: Watch,
@@ -185,7 +196,7 @@ def choice_logprobs(
 
     Args:
         choices: short texts, as "A" to "D".
-        batch: sequences that one rank runs at once.
+        at_once: tokens that one rank runs at once.
     """
     # Choices that differ in their last token alone share a sequence: its logits hold them all.
     # The prompt's number comes first in the key, as two prompts may be equal.
@@ -199,7 +210,7 @@ def choice_logprobs(
     model: Any = engine.module.model
     mine: dict[tuple[int, int], float] = {}
     with _evaluating(model):
-        for numbers in _rounds(list(map(len, sequences)), batch, "likelihoods", stop, watch):
+        for numbers in _rounds(list(map(len, sequences)), at_once, "likelihoods", stop, watch):
             given = [sequences[i] for i in numbers or [0]]
             last = max(len(tokens) for sequence in given for *_, tokens in wanted[sequence])
             logprobs = _last_logprobs(model, [sequence[1:] for sequence in given], last).cpu()
@@ -237,15 +248,16 @@ def _last_logprobs(model: Any, sequences: list[tuple[int, ...]], last: int) -> t
 
 
 def _rounds(
-    lengths: Sequence[int], size: int, what: str, stop: StopFlag, watch: Watch
+    lengths: Sequence[int], at_once: int, what: str, stop: StopFlag, watch: Watch
 ) -> Iterator[list[int]]:
     """Yield the numbers of this rank's prompts batch by batch, and show how many are done: as many
     batches on every rank, some of them empty.
 
     Prompts of similar lengths run together, on all ranks at the same time. The longest come first,
-    so that a device without memory for them fails at once.
+    so that a device without memory for them fails at once. A batch has up to `at_once` tokens, or
+    one prompt.
     """
-    world, count = dist.world_size(), len(lengths)
+    world, count, size = dist.world_size(), len(lengths), max(1, at_once // max(lengths, default=1))
     order = sorted(range(count), key=lambda i: (-lengths[i], i))
     batches = -(-count // (world * size)) * world
     for i in track(range(dist.rank(), batches, world), what, batches // world, "batches"):

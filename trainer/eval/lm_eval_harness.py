@@ -77,7 +77,7 @@ def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
         dtype=model.dtype,
         device="cuda" if torch.cuda.is_available() else "cpu",
         parallelize=torch.cuda.device_count() > 1,
-        batch_size=section.generate.batch if section.generate else 8,
+        batch_size="auto" if torch.cuda.is_available() else 8,
         trust_remote_code=model.trust_remote_code,
     )
     tasks = _task_names(section)
