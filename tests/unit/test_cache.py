@@ -318,6 +318,35 @@ def test_a_stopped_build_resumes_where_it_was_and_ends_the_same(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["d", "whole"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"rows": 4', '"rows": 8', 1),  # four rows would be left out
+        lambda text: text.replace('"tokens": ', '"tokens": 1', 1),
+        lambda text: text.replace("offsets.", "../../other."),
+        lambda text: text[:40],
+        lambda _: "[" * 99_999,
+        lambda _: "5",
+    ],
+)
+def test_a_stopped_build_whose_state_was_damaged_begins_anew(tmp_path, change, caplog):
+    other = tmp_path / "other.int64"
+    other.write_text("of the user")
+    whole = made(tmp_path / "whole", rows(30))
+    seen: list[int] = []
+    with pytest.raises(Stopped):
+        made(tmp_path / "d", rows(30), seen=seen, stopping=lambda: bool(seen))
+    (left,) = tmp_path.glob("d.build-*/progress.json")
+    before = left.read_text()
+    left.write_text(change(before))
+    assert left.read_text() != before
+    documents = made(tmp_path / "d", rows(30), seen=seen)
+    assert seen == [0, 0]
+    assert "progress.json: damaged" in caplog.text
+    assert documents.fingerprint == whole.fingerprint
+    assert other.read_text() == "of the user"
+
+
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     def no_room(self, chunk):
         raise OSError(28, "No space left on device")

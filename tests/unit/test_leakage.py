@@ -287,6 +287,27 @@ def test_it_stops_when_asked_to_and_the_next_start_resumes(tmp_path, tokenizer, 
     ]
 
 
+@pytest.mark.parametrize("name", ["report.json", *leakage.FILES])
+def test_a_kept_comparison_that_has_changed_is_not_believed(tmp_path, tokenizer, name):
+    of = leaky(tmp_path)
+    kept = checked(of, tokenizer).leakage
+    assert kept
+    path = Path(kept["path"]).with_name(name)
+    whole = path.read_bytes()
+    # another number of leaked rows, or another row that is dropped; one less; nonsense
+    last_digit = whole.rfind(b"2") if name == "report.json" else -1
+    damages = [whole[:last_digit] + b"0" + whole[last_digit:][1:], whole[8:], b"[" * 99_999]
+    for damaged in damages:
+        if damaged == whole:  # no prompts are alike
+            continue
+        path.write_bytes(damaged)
+        with pytest.raises(BadInput, match=r"the data cache is damaged .* delete this folder"):
+            checked(of, tokenizer)
+    path.unlink()
+    with pytest.raises(BadInput, match="the data cache is damaged"):
+        checked(of, tokenizer)
+
+
 def test_a_random_split_of_repeated_rows_is_a_leak_and_one_by_groups_is_not(tmp_path, tokenizer):
     """Ten wordings of each of 60 rows."""
     rows = [

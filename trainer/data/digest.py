@@ -117,7 +117,7 @@ def explained(folder: Path) -> Iterator[None]:
         yield
     except BadInput:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(folder, error) from None
 
 

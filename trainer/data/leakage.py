@@ -28,7 +28,7 @@ from packhorse.trainer.config.data import DataSection, Filters
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import tokenize
 from packhorse.trainer.data.cache import keep_documents
-from packhorse.trainer.data.digest import json_digest
+from packhorse.trainer.data.digest import explained, folder_digest, json_digest, require_intact
 from packhorse.trainer.data.near_duplicates import THRESHOLD, Index
 from packhorse.trainer.data.prepare import (
     Prepared,
@@ -46,11 +46,12 @@ from packhorse.trainer.utils.files import write_json
 from packhorse.trainer.utils.progress import WorkProgress
 from packhorse.trainer.utils.staged_build import ResumableFiles, Stopped, build_once
 
-VERSION = 2  # part of every key: raise it when the same rows give other pairs
+VERSION = 3  # part of every key: raise it when the same rows give other files
 
 WHAT = "comparing data.eval with data.train"
 PAIRS = {"rows": "leakage.jsonl", "prompts": "prompts.jsonl"}  # what is compared -> its pairs
 LEAKED = "leaked.int64"  # the training rows to drop, by `_code`, perhaps more than once
+FILES = [*PAIRS.values(), LEAKED]
 NAMED = 3  # pairs in a message
 
 
@@ -147,8 +148,8 @@ def check_leakage(
     folder = cache_folder(recipe.data) / f"leakage-{key}"
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
-        names, state = [*PAIRS.values(), LEAKED], {"rows": 0, "pairs": 0}
-        with closing(ResumableFiles(staging, leftovers, names, state)) as files:
+        state = {"rows": 0, "pairs": 0}
+        with closing(ResumableFiles(staging, leftovers, FILES, state)) as files:
 
             def check_and_stop() -> None:
                 check()
@@ -161,11 +162,13 @@ def check_leakage(
             files.sync()
             found = {kind: _summarize_pairs(staging / name) for kind, name in PAIRS.items()}
             report = {"rows": rows, **found["rows"], "prompts": found["prompts"]}
-            write_json(staging / "report.json", report)
+            fingerprint = folder_digest(staging, FILES)
+            record = {"report": report, "fingerprint": fingerprint}
+            write_json(staging / "report.json", {**record, "digest": json_digest([record])})
             files.forget()
 
     build_once(folder, build, WHAT, stopping)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = _read_report(folder)
     report["path"] = str(folder / PAIRS["rows"])
     report["prompts"]["path"] = str(folder / PAIRS["prompts"])
     if recipe.data.max_leakage == "drop":
@@ -173,6 +176,17 @@ def check_leakage(
     else:
         _refuse_leak(report, recipe.data.max_leakage)
     return train, replace(held_out, leakage=report)
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    """Return the kept result of a comparison; raise BadInput if it, or a file beside it, has
+    changed: a leak would not be seen, or other rows left out."""
+    with explained(folder):
+        record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if record.pop("digest") != json_digest([record]):
+            raise ValueError("report.json is not as it was written")
+        require_intact(folder, FILES, record["fingerprint"])
+    return record["report"]
 
 
 def _summarize_pairs(path: Path) -> dict[str, Any]:

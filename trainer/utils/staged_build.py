@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import local_rank, log
-from packhorse.trainer.utils.files import publish_folder, write_json
+from packhorse.trainer.utils.files import publish_folder, read_object, write_json
 from packhorse.trainer.utils.lease import Lease, Rival, take
+from packhorse.trainer.utils.text import error_line
 
 POLL_S = 0.2
 PATIENCE_S = 3.0  # how long other local ranks leave the build to local rank 0, which shows progress
@@ -139,7 +142,7 @@ class ResumableFiles:
     ) -> None:
         staging.mkdir()
         self.folder, self.state = staging, state
-        self._copy_leftover(leftovers)
+        self._copy_leftover(leftovers, names)
         self._files = {name: (staging / name).open("ab") for name in names}
         self._saved_at = time.monotonic()
 
@@ -160,7 +163,7 @@ class ResumableFiles:
     def save(self) -> None:
         # The files come first: a saved state must never count bytes that a power cut can take away.
         state = {**self.state, "sizes": self.sync()}
-        write_json(self.folder / PROGRESS, state)
+        write_json(self.folder / PROGRESS, {**state, "xxh3": _checksum(state)})
         self._saved_at = time.monotonic()
 
     def flush(self) -> None:
@@ -191,17 +194,44 @@ class ResumableFiles:
         for file in self._files.values():
             file.close()
 
-    def _copy_leftover(self, leftovers: list[Path]) -> None:
-        paths = [path for folder in leftovers if (path := folder / PROGRESS).is_file()]
-        states = [(json.loads(path.read_text(encoding="utf-8")), path.parent) for path in paths]
-        if not states:
+    def _copy_leftover(self, leftovers: list[Path], names: list[str]) -> None:
+        found = [each for folder in leftovers if (each := _read_leftover(folder, names))]
+        if not found:
             return
-        self.state, folder = max(states, key=lambda found: found[0]["rows"])
+        self.state, sizes, folder = max(found, key=lambda each: each[0]["rows"])
         # A copy, not a rename: the process that was taken for dead may still write.
-        for name, size in self.state.pop("sizes").items():
+        for name, size in sizes.items():
             with (folder / name).open("rb") as old, (self.folder / name).open("wb") as new:
                 while size and (block := old.read(min(size, 1 << 24))):
                     new.write(block)
                     size -= len(block)
-                assert not size, f"{folder / name} is shorter than it was when it was saved"
+                assert not size, f"{folder / name} became shorter while it was copied"
         log.info("resuming after the %d rows that an earlier start finished", self.state["rows"])
+
+
+def _read_leftover(
+    folder: Path, names: list[str]
+) -> tuple[dict[str, Any], dict[str, int], Path] | None:
+    """Return what a leftover has saved: its state, its files' sizes, and its folder; None for one
+    that has saved nothing, or something else than was saved: rows would be left out in silence."""
+    path = folder / PROGRESS
+    if not path.is_file():
+        return None
+    try:
+        state = read_object(path.read_bytes()) or {}
+        if state.pop("xxh3") != _checksum(state):
+            raise ValueError("its checksum does not match")
+        sizes = state.pop("sizes")
+        if sizes.keys() != set(names):  # another name may lead out of the folder
+            raise ValueError("it names other files")
+        for name, size in sizes.items():
+            if not 0 <= size <= (folder / name).stat().st_size:
+                raise ValueError(f"{name} is shorter than it was")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning("%s: damaged (%s), so that its rows are done again", path, error_line(error))
+        return None
+    return state, sizes, folder
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
