@@ -185,6 +185,20 @@ def test_a_damaged_or_unfinished_copy_is_passed_over(tmp_path, place, caplog):
     assert not [name for name in there.names() if name not in _expected(6, 8)]
 
 
+@pytest.mark.parametrize("place", ["file"], indirect=True)
+def test_what_a_user_keeps_beside_the_copies_stays(tmp_path, place):
+    run, there = tmp_path / "run", Path(place.removeprefix("file://"))
+    mirror = start(run, place)
+    save(mirror, run, 10)
+    shutil.copytree(there / "step-000010", there / "step-000010-before-the-new-data")
+    shutil.copytree(there / "step-000010", there / "step-10")
+    (there / "step-notes.txt").write_text("mine")
+    (there / "step-000015").mkdir()  # a copy that came to no end
+    save(mirror, run, 20, 30, 40)
+    kept = {"step-000010-before-the-new-data", "step-10", "step-notes.txt"}
+    assert {path.name for path in there.glob("step-*")} == {"step-000030", "step-000040", *kept}
+
+
 def _expected(*steps: int) -> set[str]:
     return {"best", "recipe.yaml", *(f"step-{step:06d}" for step in steps)}
 

@@ -137,9 +137,11 @@ def folder_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """Return the step of a checkpoint's folder; None for another name, as step-000200-copy."""
-    found = re.fullmatch("step-([0-9]{1,18})", name.strip())
-    return int(found[1]) if found else None
+    """Return the step of a checkpoint's folder; None for another name, as step-000200-copy or
+    step-200: two folders are never of one step."""
+    found = re.fullmatch("step-([0-9]{6,18})", name.strip())
+    step = int(found[1]) if found else None
+    return step if step is not None and folder_name(step) == name.strip() else None
 
 
 def point_at_best(root: Path, step: int | None) -> None:

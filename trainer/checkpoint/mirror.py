@@ -21,6 +21,7 @@ from packhorse.trainer.checkpoint.manifest import (
     folder_name,
     prune,
     read_best,
+    step_of,
     superseded,
 )
 from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
@@ -159,7 +160,7 @@ class Mirror:
         whole = self._place.whole_steps()
         kept = set(whole) - set(superseded(whole, step, best, self._keep))
         for name in set(self._place.names()) - set(map(folder_name, kept)):
-            if name.startswith("step-"):
+            if step_of(name) is not None:  # and not what a user has put or renamed there
                 self._place.remove(name)
 
 
@@ -176,6 +177,7 @@ def open_mirror(recipe: Recipe, run_dir: Path) -> Mirror | None:
         return None
     place = Place(recipe.checkpoint.mirror)
     _require_elsewhere(place, run_dir)
+    dist.log.info("mirror: looking for newer checkpoints in %s", place.url)  # which may not answer
     try:
         _require_own(place, recipe)
         bring_newest(place, run_dir)
