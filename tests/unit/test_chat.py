@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import pty
 import re
+import resource
 import select
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +124,61 @@ def test_a_model_without_room_or_template_is_refused(model_dir: Path, tmp_path: 
     done = CliRunner().invoke(app, ["chat", str(folder)], input="word")
     assert isinstance(done.exception, BadInput)
     assert "no chat template" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{{ raise_exception('no \x1b[31m') }}", "the template refuses the row: no "),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ 'a' * 20000000000 }}", "the template refuses the row: MemoryError"),
+        ("{% if %}", "not valid Jinja"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "is not finished within",
+        ),
+    ],
+)
+def test_a_strangers_template_ends_and_is_a_sentence(
+    model_dir: Path, tmp_path: Path, template: str, sentence: str
+) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    done = CliRunner().invoke(app, ["chat", str(folder)], input="word")
+    assert isinstance(done.exception, BadInput), done.output
+    assert sentence in str(done.exception)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_weights_that_are_a_pickle_are_not_read(model_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    weights = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    done = CliRunner().invoke(app, ["chat", str(folder)], input="word")
+    assert isinstance(done.exception, BadInput), done.output
+    assert "no file named model.safetensors" in str(done.exception)
+
+
+def test_questions_that_are_no_text_are_named(model_dir: Path) -> None:
+    for words, text, sentence in (
+        ([], b"hi\ncaf\xff\n", "line 2 of stdin is no text in UTF-8"),
+        (["--system", "a\udcff"], b"hi", "--system is no text in UTF-8"),
+    ):
+        command = ["chat", str(model_dir), "--max-tokens", "2", *words]
+        done = CliRunner().invoke(app, command, input=text)
+        assert isinstance(done.exception, BadInput), done.output
+        assert sentence in str(done.exception)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_closed_stdin_or_stdout_is_a_sentence(model_dir: Path, closed: str) -> None:
+    command = [sys.executable, "-m", "packhorse", "chat", str(model_dir)]
+    line = f"{shlex.join(command)} {closed}"
+    done = subprocess.run(line, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "error: chat: it reads stdin and writes stdout" in done.stderr
 
 
 def test_an_adapter_answers_on_the_base_that_it_names(model_dir: Path, tmp_path: Path) -> None:

@@ -282,6 +282,7 @@ def _write_adapter(
         config=base_config,
         revision=section.revision,
         dtype=dtype,
+        use_safetensors=True,
         trust_remote_code=section.trust_remote_code,
     )
     loaded: Any = PeftModel.from_pretrained(base, str(folder))

@@ -53,6 +53,9 @@ def chat(
     from packhorse.trainer.eval.chat import Chat, is_adapter
 
     dist.start_logging()
+    if sys.stdin is None or sys.stdout is None:
+        raise BadInput("chat: it reads stdin and writes stdout, of which one is closed; open both")
+    _require_text(system or "", "--system")
     run = None if is_adapter(model) else find_run(model, step, best)
     if run:
         require_trust(run, trusted=trust_run)
@@ -68,9 +71,19 @@ def chat(
         print("Ctrl-C ends an answer, Ctrl-D the chat.", file=sys.stderr)
         _talk(loaded, first)
     else:
-        for line in sys.stdin:
-            if question := line.strip():
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            question = line.decode(errors="surrogateescape").strip()
+            _require_text(question, f"line {number} of stdin")
+            if question:
                 _answer(loaded, [*first, {"role": "user", "content": question}])
+
+
+def _require_text(text: str, what: str) -> None:
+    """Raise BadInput if a text was read from other bytes than UTF-8's, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"chat: {what} is no text in UTF-8") from None
 
 
 def _talk(loaded: Chat, messages: list[Message]) -> None:
@@ -79,20 +92,24 @@ def _talk(loaded: Chat, messages: list[Message]) -> None:
         import readline  # noqa: F401 - `input` edits lines and keeps a history with it
     while True:
         try:
-            question = input("\n> ")
+            question = input("\n> ").strip()
+            _require_text(question, "the question")
+        except (BadInput, UnicodeDecodeError) as error:
+            print(error, file=sys.stderr)
+            continue
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print("\nCtrl-D ends the chat.", file=sys.stderr)
             continue
-        if not question.strip():
+        if not question:
             continue
-        asked = [*messages, {"role": "user", "content": question.strip()}]
+        asked = [*messages, {"role": "user", "content": question}]
         try:
             answer = _answer(loaded, asked)
         except BadInput as error:  # its positions are used up, and the user may copy what was said
-            print(f"{error}; start a new chat", file=sys.stderr)
+            print(f"{show_controls(str(error))}; start a new chat", file=sys.stderr)
             return
         messages = [*asked, {"role": "assistant", "content": answer}]
 

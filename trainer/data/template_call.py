@@ -53,7 +53,7 @@ def call_template(
         pasted = _with_arguments_as_text(messages)
         if pasted != messages:
             return call_template(source, pasted, tools, variables)
-        said = one_line(error, 100)
+        said = one_line(error, 100) or type(error).__name__
     for role in sorted({message["role"] for message in messages} - {"user", "assistant"}):
         rest = [message for message in messages if message["role"] != role]
         if _try(source, rest, tools, variables):

@@ -16,11 +16,12 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.sections import ModelSection
-from packhorse.trainer.data.template_call import wants_parts, with_parts
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.data.template_call import call_template, wants_parts, with_parts
+from packhorse.trainer.datatypes import BadInput, RowError
 from packhorse.trainer.model.load import load_pretrained, load_tokenizer
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.text import error_line
+from packhorse.trainer.utils.time_limit import memory_limited
 
 ADAPTER = "adapter_config.json"
 Message = dict[str, str]
@@ -51,9 +52,15 @@ class Chat:
         if self._tokenizer.chat_template is None:
             raise BadInput(f"{name}: its tokenizer has no chat template, so it cannot be asked")
         self._model = model.to(dist.device()).eval()
-        self._options = template_options
-        variables = {**self._tokenizer.special_tokens_map, **template_options}
-        self._in_parts = wants_parts(self._tokenizer.get_chat_template(), variables)
+        self._variables = {**self._tokenizer.special_tokens_map, **template_options}
+        try:
+            self._source = self._tokenizer.get_chat_template()
+        except Exception as error:  # of several templates none is the default
+            raise BadInput(
+                f"{name}: its chat template cannot be used ({error_line(error)})"
+            ) from None
+        with memory_limited():
+            self._in_parts = wants_parts(self._source, self._variables)
         self._max_tokens = max_tokens
         # None where the model's own configuration holds what only sampling uses
         self._how = (
@@ -70,22 +77,27 @@ class Chat:
             show: called with each piece of the answer as soon as it is known.
 
         Raises:
-            BadInput: the messages fill all positions of the model.
+            BadInput: the messages fill all positions of the model, or its template refuses them.
             KeyboardInterrupt: Ctrl-C; what was shown until then is all there is.
         """
-        prompt = self._tokenizer.apply_chat_template(
-            [with_parts(message) for message in messages] if self._in_parts else messages,
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-            **self._options,
-        ).to(self._model.device)
+        text = self._render([*map(with_parts, messages)] if self._in_parts else [*messages])
+        prompt = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        prompt = prompt.to(self._model.device)
         count = prompt["input_ids"].shape[1]
         pieces = _Pieces(self._tokenizer, show)
         self._model.generate(
             **prompt, max_new_tokens=self._room(count), streamer=pieces, **self._how
         )
         return pieces.text
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        """Return the template's text, within the limits of time and memory that rows have."""
+        variables = {**self._variables, "add_generation_prompt": True}
+        try:
+            with memory_limited():
+                return call_template(self._source, messages, None, variables)[0][0]
+        except RowError as error:
+            raise BadInput(f"the model's chat template cannot be used: {error}") from None
 
     def _room(self, prompt_tokens: int) -> int:
         """Return how many tokens an answer may have."""

@@ -132,6 +132,8 @@ def load_pretrained(
 ) -> Any:
     """Call a `from_pretrained` for the section's model; turn its errors into BadInput."""
     folder = local_folder(section.name, "model.name", weights=what == "model")
+    if what == "model":
+        arguments["use_safetensors"] = True  # the older kind of file is a pickle
     try:
         return from_pretrained(
             str(folder or section.name),
@@ -321,7 +323,6 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
         "model",
         config=config,
         output_loading_info=True,
-        use_safetensors=True,  # the older kind of file is a pickle, which may run code
         **arguments,
     )
     # transformers only warns of missing weights, and fills them with random numbers

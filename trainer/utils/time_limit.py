@@ -194,6 +194,17 @@ def limit_memory() -> None:
         )
 
 
+@contextmanager
+def memory_limited() -> Iterator[None]:
+    """Let the block take LIMIT_BYTES, in a process that goes on after it."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit_memory()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def _serve(pipe: Connection) -> None:
     """Make calls until the parent is gone."""
     logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
