@@ -60,6 +60,10 @@ def render(
     settings = {"packhorse": packhorse, "container": container, "mounts": ",".join(mounts) or None}
     for name, value in settings.items():
         if value is not None:
+            if not value.isprintable():
+                raise BadInput(
+                    f"--{name} {value!r}: a line of the script holds printable text only"
+                )
             text = _set_line(text, f"{name}=", f"{name}={shlex.quote(value)}")
     return text
 

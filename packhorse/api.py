@@ -103,8 +103,9 @@ def train(
 
     from packhorse.trainer.checkpoint import best, checkpoint
     from packhorse.trainer.utils.json_lines import read_json_lines
+    from packhorse.trainer.utils.log_lines import check_metrics
 
-    lines = read_json_lines(run_dir / "metrics.jsonl", skip_damaged=True)
+    lines = read_json_lines(run_dir / "metrics.jsonl", skip_damaged=True, check=check_metrics)
     saved = checkpoint.find(run_dir)
     return RunResult(
         run_dir,
@@ -191,10 +192,16 @@ def export(
 
 def _overrides(changes: Mapping[str, Any] | None) -> list[str]:
     """Return changes as the command's `key=value`; JSON is YAML."""
-    return [
-        f"{key}={json.dumps(value, ensure_ascii=False, default=os.fspath)}"
-        for key, value in (changes or {}).items()
-    ]
+    found = []
+    for key, value in (changes or {}).items():
+        try:
+            found.append(f"{key}={json.dumps(value, ensure_ascii=False, default=os.fspath)}")
+        except (TypeError, ValueError, RecursionError):
+            raise BadInput(
+                f"{key}: a {type(value).__name__} is no value of a recipe; give a text, a number, "
+                "a list or a dict of them"
+            ) from None
+    return found
 
 
 def _options(**given: Any) -> list[str]:

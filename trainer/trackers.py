@@ -18,6 +18,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotInTime  # before Python 3.11 a class of its own
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,6 +31,7 @@ from packhorse.trainer.utils.files import read_json_file, write_json
 from packhorse.trainer.utils.text import one_line
 
 IDS = "trackers.json"  # in the run folder: the id of the tracked run, by tracker
+START_S = 180.0  # for a tracker to start: W&B itself waits for 90 s
 PATIENCE_S = 60.0  # at the end, for a tracker to take what it was given
 TENSORBOARD = "tensorboard"
 _PACKAGES = {"mlflow": "mlflow-skinny"}  # to install, where it is not called as the tracker is
@@ -99,7 +101,12 @@ class _Tracker:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
         try:
-            self.run_id = self._started.result()
+            self.run_id = self._started.result(START_S)
+        except NotInTime:
+            raise BadInput(
+                f"run.trackers: {name} has not started within {START_S:.0f} s; look whether its "
+                "server answers, or take it out of run.trackers"
+            ) from None
         except Exception as error:
             raise BadInput(
                 f"run.trackers: {name} does not start ({one_line(error, 300)}); mend it, or take "

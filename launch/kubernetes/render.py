@@ -21,7 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from packhorse.launch.kubernetes.runtime import train_job_spec
-from packhorse.trainer.config.packaged import find_template, map_texts, require_own_recipe
+from packhorse.trainer.config.packaged import map_texts, read_template, require_own_recipe
 from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, FAILED, BadInput
@@ -122,6 +122,10 @@ def _find_container(spec: Tree, cluster: Path) -> tuple[Tree, Tree]:
             f"{cluster}: the image and the number of pods are given as --image and --nodes; leave "
             f"them out"
         )
+    mounts = container.get("volumeMounts", ())
+    folders = [container.get("workingDir", "/"), *(mount.get("mountPath", "/") for mount in mounts)]
+    if not all(isinstance(folder, str) for folder in folders):
+        raise BadInput(f"{cluster}: workingDir and mountPath of `{_CONTAINER}` are paths")
     return pod, container
 
 
@@ -154,7 +158,7 @@ def _recipe_files(
 ) -> dict[str, str]:
     """Return the files in RECIPE_DIR: the resolved recipe, and its DeepSpeed template."""
     recipe = load_recipe(recipe_file, list(overrides))
-    template = find_template(recipe.parallel.deepspeed)
+    template = read_template(recipe.parallel.deepspeed)
     workdir = container.get("workingDir", "/")
     run_dir = posixpath.normpath(posixpath.join(workdir, recipe.run.dir))
     folders = _persistent_folders(pod, container)
@@ -166,7 +170,7 @@ def _recipe_files(
         # on the volume, so that one pod prepares the data for all, and for the next start
         changed.append(f"data.cache={posixpath.join(workdir, '.cache/packhorse')}")
     final = load_recipe(recipe_file, [*overrides, *changed])
-    return {"recipe.yaml": final.to_yaml(), _DEEPSPEED: template.read_text(encoding="utf-8")}
+    return {"recipe.yaml": final.to_yaml(), _DEEPSPEED: template}
 
 
 def _persistent_folders(pod: Tree, container: Tree) -> list[str]:
@@ -267,7 +271,7 @@ def merge_overlay(base: Any, overlay: Any, place: str = "") -> Any:
 
 
 def _are_named(items: list[Any]) -> bool:
-    return all(isinstance(item, dict) and "name" in item for item in items)
+    return all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in items)
 
 
 def _read_templates(file: str) -> list[Tree]:

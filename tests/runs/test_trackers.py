@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import pytest
 
 from packhorse.trainer import dist, trackers
 from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.trackers import IDS, flat_recipe, open_trackers
 from tests.ranks import ROOT
 
@@ -234,9 +236,27 @@ def test_comet_goes_on_in_the_same_experiment_and_gets_no_source_files(tmp_path:
 
 
 def test_a_tracker_that_does_not_start_is_refused(tmp_path: Path) -> None:
-    done = train(tmp_path / "run", "http://127.0.0.1:9")  # the discard port, where nothing listens
+    # the discard port, where nothing listens
+    done = train(tmp_path / "run", "http://me:hunter2@127.0.0.1:9")
     assert done.returncode == 2
     assert "run.trackers: mlflow does not start (" in done.stderr
+    logs = [path.read_text() for path in (tmp_path / "run" / "logs").iterdir()]
+    assert "hunter2" not in "".join([done.stdout, done.stderr, *logs])
+
+
+def test_a_tracker_whose_server_never_answers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = threading.Event()
+    monkeypatch.setattr(trackers, "START_S", 0.2)
+    monkeypatch.setattr(trackers, "_start", lambda *_: started.wait())
+    recipe = load_recipe(ROOT / "recipes/debug.yaml", ["run.trackers=[mlflow]"])
+    with (
+        pytest.raises(BadInput, match="mlflow has not started within"),
+        trackers.open_trackers(recipe, tmp_path),
+    ):
+        pass
+    started.set()
 
 
 def test_a_tracker_that_fails_later_is_reported_once(

@@ -36,6 +36,8 @@ with open("runs/debug/metrics.jsonl", "w") as file:
     for step, loss in ((1, 9.0), (2, 5.0), (2, 4.0)):
         print(json.dumps({"step": step, "train/loss": loss}), file=file)
     print(json.dumps({"step": 2, "eval/loss": 3.0}), file=file)
+    for damaged in ({"train/loss": 1.0}, {"step": 3, "train/loss": [1]}, {"step": "x"}):
+        print(json.dumps(damaged), file=file)
 metrics = {"exact": {"value": 0.5, "count": 2}, "judge": {"value": None, "count": 0}}
 line = {"step": 2, "eval_loss": 3.0, "metrics": metrics}
 open("runs/debug/evaluations.jsonl", "w").write(json.dumps(line) + "\\n")
@@ -59,6 +61,8 @@ def test_changes_are_given_as_values() -> None:
     assert recipe.adapter == packhorse.load_recipe("debug", {"adapter.rank": 4}).adapter
     with pytest.raises(packhorse.BadInput, match=r"did you mean `optim\.lr`"):
         packhorse.load_recipe("debug", {"optim.lrr": 1})
+    with pytest.raises(packhorse.BadInput, match=r"run\.tags: a set is no value of a recipe"):
+        packhorse.load_recipe("debug", {"run.tags": {"a"}})
 
 
 @pytest.mark.parametrize(("code", "done"), [(0, True), (75, False)])

@@ -1,5 +1,6 @@
 """Configurations of other trainers become recipes, and what they do not hold is listed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +256,14 @@ def test_switches_of_one_key_do_not_undo_each_other() -> None:
         ("- a", "no configuration of Axolotl"),
         ("base_model: m\ndatasets: [text]", "is not of the type that Axolotl gives it"),
         ("base_model: m\nnum_epochs: many", "is not of the type that Axolotl gives it"),
+        ("base_model: m\nnum_epochs: .inf", "is not of the type that Axolotl gives it"),
+        (f"base_model: m\nnum_epochs: 1{'0' * 400}", "is not of the type that Axolotl gives it"),
+        ("base_model: m\nmicro_batch_size: {a: 1}", "sizes of batches are {'a': 1} and 1"),
+        # 40 GB, if the text were repeated
+        (
+            "base_model: m\nmicro_batch_size: eightchr\ngradient_accumulation_steps: 5000000000",
+            "sizes of batches are 'eightchr' and 5000000000",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, sentence: str) -> None:
@@ -329,3 +338,39 @@ def test_files_by_split_are_the_files_and_not_the_names_of_splits(place: str) ->
     alone = [{"name": place, "data_files": read, "format": "instruction"}]
     assert recipe["data"]["train"] == (paths if place == "./data" else alone)
     assert any("datasets[0].data_files" in note for note in notes)
+
+
+@pytest.mark.parametrize("content", ["[" * 99_999, "[]", None])
+def test_a_description_of_the_data_may_hold_anything(tmp_path: Path, content: str | None) -> None:
+    """None: it is a pipe, which would be waited for."""
+    if content is None:
+        os.mkfifo(tmp_path / "dataset_info.json")
+        converted(LLAMA_FACTORY.replace("DATA", str(tmp_path)))
+    else:
+        (tmp_path / "dataset_info.json").write_text(content)
+        with pytest.raises(BadInput, match="holds no JSON object"):
+            converted(LLAMA_FACTORY.replace("DATA", str(tmp_path)))
+
+
+def test_a_foreign_key_controls_neither_the_terminal_nor_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text(
+        'base_model: "m\\u202e"\ndatasets: [{path: a.jsonl, type: alpaca}]\n'
+        '"\\e[31m\\nrun: {dir: elsewhere}": 1\n'
+    )
+    words = ["convert", str(tmp_path / "c.yml"), "--out", str(tmp_path / "r.yaml")]
+    command = [sys.executable, "-m", "packhorse", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for shown in (done.stderr, (tmp_path / "r.yaml").read_text()):
+        assert "␛[31m run: {dir: elsewhere}: 1" in shown
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown
+    assert load_recipe(tmp_path / "r.yaml").model.name == "m\u202e"
+
+
+def test_no_secret_is_shown_whatever_its_key_is_called() -> None:
+    secrets = "aws_secret_access_key: S1\nhub: {credentials: S2, db_passwd: S3}\n"
+    secrets += "tracking_uri: https://me:S4@host/x\n"
+    notes = converted(AXOLOTL + secrets)[1]
+    assert "tracking_uri: 'https://***@host/x'" in notes
+    assert not [secret for secret in ("S1", "S2", "S3", "S4") if secret in notes]

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from typer.testing import CliRunner
 
 from packhorse.launch.cluster_env import read_cluster_env, refuse_tasks
 from packhorse.trainer.checkpoint import checkpoint
@@ -142,6 +143,20 @@ def test_a_file_that_the_recipe_names_may_hold_anything(
         return
     with pytest.raises(BadInput, match="file"):
         work()
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "kubernetes"])
+def test_a_launched_template_is_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("template.json").write_bytes(b"\xff\xfe")
+    Path("recipe.yaml").write_text(DEBUG)
+    words = ["launch", cluster, "recipe.yaml", "--nodes", "2", "parallel.deepspeed=template.json"]
+    words += ["run.dir=/work/run", "--image", "x"] if cluster == "kubernetes" else []
+    done = CliRunner().invoke(main.app, words)
+    assert isinstance(done.exception, BadInput), done.output
+    assert "template.json is no text in UTF-8" in str(done.exception)
 
 
 STATE = dict.fromkeys(("step", "updates", "micro_batch_size", "world_size", "stage"), 1)

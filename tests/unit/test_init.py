@@ -85,3 +85,15 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     before = out.read_text()
     again = command("init", "some/model", str(data), "--out", str(out))
     assert (again.returncode, out.read_text()) == (2, before)
+
+
+def test_names_may_hold_any_character(tmp_path: Path) -> None:
+    """A pair of JSON's escapes, as for an emoji, is no text in YAML."""
+    data, out = tmp_path / "\U0001f600 '\u202e\x7f\".jsonl", tmp_path / "my recipe.yaml"
+    write(data, [{**row, "\x1b\x85\U0001f600": 1} for row in distinct(5)])
+    done = command("init", "some/mo\x7fdel", str(data), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(out)
+    assert (recipe.model.name, recipe.data.train[0].path) == ("some/mo\x7fdel", str(data))
+    assert out.read_text().isascii()
+    assert f"preview '{out}'" in done.stdout

@@ -421,6 +421,24 @@ spec:
     assert specs[0] == specs[1] == specs[2]
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("spec: {template: {spec: {containers: [{name: [1]}]}}}", "each item must have a `name`"),
+        ("spec: {template: {spec: {containers: [{name: node, workingDir: 5}]}}}", "are paths"),
+        (
+            "spec: {template: {spec: {containers: "
+            "[{name: node, volumeMounts: [{name: work, mountPath: []}]}]}}}",
+            "are paths",
+        ),
+    ],
+)
+def test_a_cluster_file_of_other_types_is_refused(tmp_path, text, sentence):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(BadInput, match=sentence):
+        manifests(cluster=tmp_path / "my.yaml")
+
+
 # -------------------------------------------------------------------------------------- the command
 
 

@@ -260,6 +260,36 @@ def test_a_file_without_comments_is_written_once_or_the_same(tmp_path: Path) -> 
     assert path.read_text() == "{}\n"
 
 
+@pytest.mark.parametrize(
+    "marker",
+    [
+        *('{"files": 5}', '{"files": [[1]]}', '{"files": null}', "[" * 99_999),
+        None,  # a pipe, which would be waited for
+    ],
+)
+def test_a_marker_that_holds_anything_else_is_not_ours(out: Path, marker: str | None) -> None:
+    out.mkdir()
+    if marker is None:
+        os.mkfifo(out / MARKER)
+    else:
+        (out / MARKER).write_text(marker.replace("{", '{"kind": 1, "step": 2, "run": 3, '))
+    with pytest.raises(BadInput, match="packhorse export did not write it"):
+        require_replaceable(out, overwrite=True)
+    own_output.require_unchanged(out)  # as a model of other origin
+    assert names(out) == [MARKER]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "endless device"])
+def test_a_text_does_not_go_where_no_file_is(tmp_path: Path, kind: str) -> None:
+    path = Path("/dev/zero") if kind == "endless device" else tmp_path / "page.html"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(BadInput, match="is not as packhorse wrote it"):
+        write_own_text(path, "<html>", "<!-- {} -->")
+
+
 @pytest.mark.parametrize("there", ["", "my page", "a\nb\n"])
 def test_a_text_of_the_user_is_left_alone(tmp_path: Path, there: str) -> None:
     path = tmp_path / "page.html"

@@ -151,3 +151,15 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["runs", str(tmp_path / "nowhere")])
     assert isinstance(done.exception, BadInput)
     assert "there is no such folder" in str(done.exception)
+
+
+def test_the_name_of_a_folder_does_not_control_the_terminal(tmp_path: Path) -> None:
+    make_run(tmp_path / "a").rename(tmp_path / "a\x1b]0;title\x07\u202e")
+    (make_run(tmp_path / "b") / "data.json").write_text("{")
+    (tmp_path / "b").rename(tmp_path / "b\x1b[31m")
+    (tmp_path / "c\x1b[5m").mkdir()
+    for folder in (tmp_path, tmp_path / "c\x1b[5m"):
+        done = CliRunner().invoke(app, ["runs", str(folder)], env={"COLUMNS": "200"})
+        assert done.exit_code == 0
+        assert "␛[5m" in done.stdout
+        assert not {"\x1b", "\x07", "\u202e"} & {*done.stdout}

@@ -127,6 +127,8 @@ def test_another_image_runs_in_pyxis(tmp_path):
 def test_a_line_of_sbatch_holds_no_second_line():
     with pytest.raises(BadInput, match="--partition"):
         rendered(options={"partition": "a\n#SBATCH --uid=0"})
+    with pytest.raises(BadInput, match="--container"):
+        rendered(container="a\nmounts=b")
 
 
 def test_any_further_line_of_sbatch_is_added_or_replaces_the_scripts_own(tmp_path):

@@ -40,19 +40,23 @@ def convert(
     from packhorse.trainer.config.parsing import read_yaml
     from packhorse.trainer.config.recipe import Recipe, parse_recipe
     from packhorse.trainer.utils.own_output import write_own_text
+    from packhorse.trainer.utils.text import one_line, show_controls
 
     tree = read_yaml(config)
     try:
         trainer = recognise(tree)
+        recipe, notes = convert(tree, trainer, gpus)
     except BadInput as error:
         raise BadInput(f"{config}: {error}") from None
-    recipe, notes = convert(tree, trainer, gpus)
     parse_recipe(recipe, where=f"{config}, as a recipe")
     comments = [f"From {config.name}, of {trainer}. What is not as it was there:", *notes]
-    lines = [" ".join(line.split()) for line in comments]
+    lines = [show_controls(one_line(line)) for line in comments]
     text = "".join(f"# {line}\n" for line in lines)
     ordered = {name: recipe[name] for name in Recipe.model_fields if name in recipe}
-    text += yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+    dumped = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+    if dumped != show_controls(dumped):  # as what turns the direction of the text around it
+        dumped = yaml.safe_dump(ordered, sort_keys=False)
+    text += dumped
     print(*lines, sep="\n  ", file=sys.stderr)
     if out is None:
         print(text, end="")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +64,7 @@ def init(
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error})") from None
     print(out)
-    print(f"look at what is trained: packhorse preview {out}")
+    print(f"look at what is trained: packhorse preview {shlex.quote(str(out))}")
 
 
 def _lengths(model: str, reader: RowReader, rows: list[Any]) -> list[int]:
@@ -122,11 +122,11 @@ def _recipe_text(
     batch_size = _batch_size(total, lengths, seq_len)
     return f"""\
 # Written by packhorse init. docs/recipe.md has every key; what is not here has a default.
-model: {{name: {json.dumps(model)}}}
+model: {{name: {_quoted(model)}}}
 # adapter: {{rank: 16, alpha: 32}}  # LoRA: trains small matrices beside the model
 data:
-  # rows: {counted}; columns: {", ".join(json.dumps(str(name)) for name in columns)}
-  train: [{{{key}: {json.dumps(place)}, format: {reader.format}}}]
+  # rows: {counted}; columns: {", ".join(_quoted(str(name)) for name in columns)}
+  train: [{{{key}: {_quoted(place)}, format: {reader.format}}}]
 {held_out}
   train_on: assistant             # tokens with a loss: all, completion, assistant, last_turn
 batch:
@@ -136,8 +136,15 @@ optim: {{lr: 2.0e-5}}               # 1e-4 is usual with an adapter
 train: {{epochs: 1}}
 parallel: {{deepspeed: zero3}}      # `packhorse plan` recommends one
 checkpoint: {{every_steps: 200}}
-run: {{dir: {json.dumps(f"runs/{name}")}}}
+run: {{dir: {_quoted(f"runs/{name}")}}}
 """
+
+
+def _quoted(text: str | None) -> str:
+    """Return a text in YAML's double quotes, where JSON's pair of escapes for 😀 is no 😀."""
+    import yaml
+
+    return yaml.safe_dump(text, default_style='"', width=float("inf")).strip()
 
 
 def _batch_size(total: int | None, lengths: list[int], seq_len: int) -> int:

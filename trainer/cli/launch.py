@@ -204,7 +204,7 @@ def _recipe_files(
 
     Their names hold a digest of the text: each of several jobs in the queue keeps its own.
     """
-    from packhorse.trainer.config.packaged import find_template, require_own_recipe, template_names
+    from packhorse.trainer.config.packaged import read_template, require_own_recipe, template_names
 
     if in_container:
         require_own_recipe(recipe_file, "the container does", "in a mounted folder")
@@ -216,7 +216,7 @@ def _recipe_files(
         return folder / f"slurm-{digest}{suffix}"
 
     if recipe.parallel.deepspeed not in template_names():
-        template = keep(find_template(recipe.parallel.deepspeed).read_text("utf-8"), ".json")
+        template = keep(read_template(recipe.parallel.deepspeed), ".json")
         parallel = recipe.parallel.model_copy(update={"deepspeed": str(template)})
         recipe = recipe.model_copy(update={"parallel": parallel})
     return keep(recipe.to_yaml(), ".yaml"), files

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.text import show_controls
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,16 +51,18 @@ def runs(
         except BadInput as error:
             faults.append(" ".join(str(error).split()))
     console = Console(highlight=False)
+    lines = []
     if found:
         _print_table([_cells(run, folder) for run in found], console)
     elif not faults:
-        console.print(f"no runs in {folder}", soft_wrap=True, markup=False)
-    for fault in faults:
-        console.print(fault, soft_wrap=True, markup=False)
+        lines.append(f"no runs in {folder}")
+    lines += faults
     if foreign:
         names = ", ".join(path.name for path in foreign[:_NAMED])
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
-        console.print(f"no runs below: {names}{more}", soft_wrap=True, markup=False)
+        lines.append(f"no runs below: {names}{more}")
+    for line in lines:  # whose folders may be other people's, with any name
+        console.print(show_controls(line), soft_wrap=True, markup=False)
 
 
 def _print_table(rows: list[dict[str, Text]], console: Console) -> None:
@@ -108,7 +111,7 @@ def _cells(run: Run, root: Path) -> dict[str, Text]:
         "last change": time.strftime("%m-%d %H:%M", time.localtime(run.changed_at)),
     }
     styles = {"state": _STYLES[run.state]}
-    return {name: Text(text, styles.get(name, "")) for name, text in cells.items()}
+    return {name: Text(show_controls(cells[name]), styles.get(name, "")) for name in cells}
 
 
 def _first_and_last(values: list[float]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from packhorse.trainer.config import foreign_keys
 from packhorse.trainer.config.convert_sources import Draft, read_sources
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.text import error_line
 
 # Keys that both have, by their places here.
 _SAME_NAMES = {
@@ -84,11 +85,13 @@ def convert(tree: dict[str, Any], trainer: str, gpus: int) -> tuple[dict[str, An
     try:
         for step in (read_sources, *steps):
             step(draft)
+        _fill_defaults(draft, gpus)
     except BadInput:
         raise
-    except (AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"a value is not of the type that {trainer} gives it ({error})") from error
-    _fill_defaults(draft, gpus)
+    except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
+        raise BadInput(
+            f"a value is not of the type that {trainer} gives it ({error_line(error, 200)})"
+        ) from error
     for key, value in draft.left.items():
         if value not in (None, False, "", [], {}):
             said = foreign_keys.answer([key]) or ""
@@ -251,6 +254,8 @@ def _fill_defaults(draft: Draft, gpus: int) -> None:
         if draft.get(ours) is None:
             draft.put(ours, value)
     micro, steps = draft.get("batch.micro_batch_size") or 1, draft.get("batch.global_batch_size")
+    if not (isinstance(micro, int) and isinstance(steps, int)):  # a text would be repeated
+        raise TypeError(f"sizes of batches are {micro!r} and {steps!r}")
     draft.put("batch.global_batch_size", micro * steps * gpus)
     draft.notes.insert(
         0,

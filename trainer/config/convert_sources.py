@@ -5,10 +5,12 @@ A `Draft` with the trainer's keys enters; `data.train` and `data.eval` are writt
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
+
+from packhorse.trainer.utils.files import read_json_file
+from packhorse.trainer.utils.text import hide_passwords
 
 Source = dict[str, Any]
 """An item of `data.train`, as a recipe holds it."""
@@ -22,7 +24,7 @@ _FORMATS = {
     "pretrain": "text",
     "openai": "messages",
 }
-_SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
+_SECRET = re.compile(r"(api_?key|access_?key|token|secret|password|passwd|credentials?)$", re.I)
 _COLUMNS = {  # a key of an Axolotl dataset -> the name of the column here
     "field_messages": "messages",
     "field": "text",
@@ -63,6 +65,8 @@ class Draft:
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_secrets(item) for item in value]
+    if isinstance(value, str):
+        return hide_passwords(value)
     if not isinstance(value, dict):
         return value
     return {
@@ -193,10 +197,7 @@ def _trl_source(draft: Draft, number: int, given: dict[str, Any]) -> Source:
 
 def _llama_factory(draft: Draft) -> tuple[list[Source], list[Source]]:
     folder = Path(draft.take("dataset_dir") or "data")
-    try:
-        described = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        described = {}
+    described = read_json_file(folder / "dataset_info.json")
     found = []
     for key in ("dataset", "eval_dataset"):
         names = draft.take(key) or []

@@ -43,6 +43,16 @@ def find_template(name: str) -> Path:
     )
 
 
+def read_template(name: str) -> str:
+    """Return the text of the template that `find_template` finds. Raises BadInput, too, if it is
+    not text."""
+    path = find_template(name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"parallel.deepspeed: {path} is no text in UTF-8 ({error})") from None
+
+
 def find_recipe(name: str | Path) -> Path:
     """Return the recipe's file. Raises BadInput if there is none.
 

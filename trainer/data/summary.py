@@ -20,7 +20,7 @@ from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.prepare import Prepared
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.files import replace_file, write_json
-from packhorse.trainer.utils.tables import ShortPath
+from packhorse.trainer.utils.tables import ShortPath, plain_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,7 +200,6 @@ def show(recipe: Recipe, train: Prepared, plan: Plan, held_out: Prepared | None)
 
 def _rows_table(title: str, prepared: Prepared) -> Table:
     """Count rows and tokens, and the rows left out, for each source if there are several."""
-    from rich.markup import escape  # what the rows hold, as `[/b]`, is no markup
 
     names = ("rows", "rejected", "filtered", "documents", "tokens")
     table = _table("", *names, "trained", title=title)
@@ -211,13 +210,13 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
         share = part["trained_tokens"] / max(part["tokens"], 1)
         table.add_row(ShortPath(part["name"]), *counts, f"{share:.1%}")
         for reason, count in part["reasons"].items():
-            table.add_row(escape(f"  rejected: {reason}"), "", f"{count:,}")
+            table.add_row(plain_cell(f"  rejected: {reason}"), "", f"{count:,}")
         if part["longest_reject"]:
             table.add_row(f"  longest reject: {part['longest_reject']:,} tokens")
         for reason, count in part["filter_reasons"].items():
-            table.add_row(escape(f"  filtered: {reason}"), "", "", f"{count:,}")
+            table.add_row(plain_cell(f"  filtered: {reason}"), "", "", f"{count:,}")
         for name, count in part["unread"].items():
-            table.add_row(escape(f"  not read: {name}"), f"{count:,}")
+            table.add_row(plain_cell(f"  not read: {name}"), f"{count:,}")
         if part["cut"]:
             lost = f"  cut, less {part['lost_trained_tokens']:,} trained tokens"
             table.add_row(lost, f"{part['cut']:,}")

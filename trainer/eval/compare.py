@@ -19,8 +19,7 @@ from packhorse.trainer.metrics import EVALUATIONS
 from packhorse.trainer.utils.files import read_json_file
 from packhorse.trainer.utils.json_lines import read_json_lines
 from packhorse.trainer.utils.log_lines import check_pair, check_scores
-from packhorse.trainer.utils.tables import shorten_path, terminal_width
-from packhorse.trainer.utils.text import show_controls
+from packhorse.trainer.utils.tables import plain_cell, shorten_path, terminal_width
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -162,7 +161,7 @@ def table_of_one(results: Results) -> Table:
     table.add_row(EVAL_LOSS, f"{results.eval_loss:.4f}", "", "")
     for name, metric in results.metrics.items():
         interval = _interval(metric.get("low"), metric.get("high"))
-        table.add_row(_plain(name), _value(metric), interval, str(metric["count"]))
+        table.add_row(plain_cell(name), _value(metric), interval, str(metric["count"]))
     return table
 
 
@@ -180,12 +179,12 @@ def table_of_two(a: Results, b: Results) -> Table:
         shown = [_with_interval(results.metrics.get(name)) for results in (a, b)]
         found = difference(a, b, name)
         if found is None:
-            table.add_row(_plain(name), *shown, "", "", "", "")
+            table.add_row(plain_cell(name), *shown, "", "", "", "")
             continue
         test, prompts = found
         p = "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
         table.add_row(
-            _plain(name),
+            plain_cell(name),
             *shown,
             f"{test.value:+.3f}",
             _interval(test.low, test.high, "+"),
@@ -196,20 +195,12 @@ def table_of_two(a: Results, b: Results) -> Table:
 
 
 def _short(name: str) -> str:
-    return _plain(shorten_path(name, terminal_width() - len("A: ")))
-
-
-def _plain(text: str) -> str:
-    """Return a text of a file for a cell of a table: it marks nothing up there, nor does it control
-    the terminal."""
-    from rich.markup import escape
-
-    return escape(show_controls(text))
+    return plain_cell(shorten_path(name, terminal_width() - len("A: ")))
 
 
 def _value(metric: dict[str, Any]) -> str:
     if metric["value"] is None:
-        return _plain(f"missing: {metric.get('missing', '')}")
+        return plain_cell(f"missing: {metric.get('missing', '')}")
     return f"{metric['value']:.3f}"
 
 

@@ -16,7 +16,6 @@ A folder is built beside its place, in `.NAME.saving`, and enters it by a rename
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -24,7 +23,13 @@ from typing import Any
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import log
-from packhorse.trainer.utils.files import checksum, publish_folder, write_json, write_synced
+from packhorse.trainer.utils.files import (
+    checksum,
+    publish_folder,
+    read_object,
+    write_json,
+    write_synced,
+)
 
 MARKER = "packhorse_export.json"
 UNFINISHED = "unfinished"
@@ -76,12 +81,18 @@ def require_replaceable(out: Path, *, overwrite: bool) -> str | None:
 
 def _read_marker(out: Path) -> dict[str, Any] | None:
     """Return the facts of a folder that `publish` wrote, or None if it is another one."""
+    path = out / MARKER
     try:
-        facts = json.loads((out / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = read_object(path.read_bytes()) if path.is_file() else None  # a pipe is waited for
+    except OSError:
         return None
-    is_ours = isinstance(facts, dict) and facts.keys() >= {"kind", "step", "run", "files"}
+    is_ours = facts and facts.keys() >= {"kind", "step", "run"} and _are_files(facts.get("files"))
     return facts if is_ours else None
+
+
+def _are_files(files: Any) -> bool:
+    # a list in folders of the first versions
+    return isinstance(files, dict | list) and all(isinstance(name, str) for name in files)
 
 
 def stage(out: Path) -> Path:
@@ -228,7 +239,7 @@ def _last_line(body: bytes, comment: str) -> bytes:
 
 
 def _is_own(path: Path, text: str, comment: str | None) -> bool:
-    if path.is_symlink():
+    if path.is_symlink() or not path.is_file():  # a pipe would be waited for, /dev/zero never ends
         return False
     there = path.read_bytes()
     if comment is None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+from packhorse.trainer.utils.text import show_controls
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.measure import Measurement
@@ -32,11 +34,19 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns
 
 
+def plain_cell(text: str) -> str:
+    """Return a text of a file for a cell of a table: it marks nothing up there, nor does it control
+    the terminal."""
+    from rich.markup import escape
+
+    return escape(show_controls(text))
+
+
 class ShortPath:
     """A path in a table's cell, which rich shows in the width that the column comes to have."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self._path = show_controls(path)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text  # no markup: a path may hold brackets

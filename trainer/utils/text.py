@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 
 def one_line(text: object, cap: int | None = None) -> str:
-    """Return the text, or the message of an error, on one line of at most `cap` characters."""
-    return " ".join(str(text).split())[:cap]
+    """Return the text, or the message of an error, on one line of at most `cap` characters, without
+    the passwords of URLs."""
+    return hide_passwords(" ".join(str(text).split()))[:cap]
+
+
+def hide_passwords(text: str) -> str:
+    """Return the text with `***` for the user and the password of each URL, which a library names
+    whole where a server cannot be reached."""
+    return re.sub(r"(?<!abfss://)(?<!abfs://)(?<=://)[^/@\s]+(?=@)", "***", text)
 
 
 def printable(text: object, cap: int) -> str:
