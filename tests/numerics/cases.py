@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import sys
@@ -57,6 +58,9 @@ def main(path: str) -> None:
         stop.attach_group()
         for case in json.loads(Path(path).read_text()):
             run_case(case, stop)
+            # DeepSpeed collects garbage once an engine: not what imports and other cases left
+            gc.collect()
+            gc.freeze()
 
 
 def run_case(case: dict[str, Any], stop: StopFlag) -> None:

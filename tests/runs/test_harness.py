@@ -45,8 +45,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder with a task, and the debug model with the weights of two seeds, the second one
-    without its chat template."""
+    """Make a folder with a task, and the debug model with the weights of two seeds."""
     work = tmp_path_factory.mktemp("harness")
     (work / "tasks").mkdir()
     (work / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
@@ -57,7 +56,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (0, 1):
         load_model(section, tokenizer, seed=seed).save_pretrained(work / f"model-{seed}")
         tokenizer.save_pretrained(work / f"model-{seed}")
-    (work / "model-1" / "chat_template.jinja").rename(work / "template.jinja")
     return work
 
 
@@ -81,7 +79,6 @@ def results(work: Path) -> list[Path]:
                 "1",
                 f"data.cache={work / 'cache'}",
                 "eval.generate=null",
-                f"model.chat_template={work / 'template.jinja'}",
             ),
             f"eval.lm_eval=[{work / 'tasks' / 'sums'}]",
         ]
@@ -99,25 +96,19 @@ def results(work: Path) -> list[Path]:
 
 
 def right_answers(folder: Path) -> list[bool]:
-    """Return for each question whether the right choice is likeliest, by transformers alone, and
-    through the chat template of a model that has one."""
+    """Return for each question whether the right choice is likeliest, by transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     right = []
     for row in QUESTIONS:
-        prompt, space = f"Q: {row['question']} A:", " "
-        if tokenizer.chat_template:
-            turn, space = {"role": "user", "content": prompt}, ""
-            prompt = tokenizer.apply_chat_template(
-                [turn], tokenize=False, add_generation_prompt=True
-            )
+        prompt = f"Q: {row['question']} A:"
         likelihoods = []
         for choice in row["choices"]:
             start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
             ids = torch.tensor(
-                [tokenizer(f"{prompt}{space}{choice}", add_special_tokens=False)["input_ids"]]
+                [tokenizer(f"{prompt} {choice}", add_special_tokens=False)["input_ids"]]
             )
             with torch.no_grad():
                 logprobs = model(ids).logits[0].log_softmax(-1)

@@ -226,8 +226,10 @@ class EvalSection(Section):
     early_stopping: EarlyStoppingSection | None = None
     lm_eval: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, as `[gsm8k, mmlu]`, or your own as FOLDER/TASK. `packhorse
-    eval` runs them, as they take too long during training. They are asked through the model's
-    chat template if it has one. Needs the extra `lm-eval`."""
+    eval` runs them, as they take too long during training. Needs the extra `lm-eval`."""
+    lm_eval_chat: bool = False
+    """Ask the tasks through the chat template. The library's default, and most published numbers',
+    is without."""
 
     @property
     def by_server(self) -> bool:

@@ -57,7 +57,6 @@ RENAMED_KEYS = {
     "eval.generator": "decided by `eval.server` and `eval.vllm_python`: the one that is given "
     "answers, else the engine",
     "eval.lm_eval_path": "a part of the task's name: `eval.lm_eval: [FOLDER/TASK]`",
-    "eval.lm_eval_chat": "decided by the model, which has a chat template or none: leave it out",
     "eval.server.parallel": "always 16: leave it out, or raise `timeout_s` if the server is slow",
     "eval.server.patience_s": "`eval.server.timeout_s`, which limits an answer and its retries",
     "eval.generate.scorers.text": "`kind: format` with the pattern `.*TEXT.*`",

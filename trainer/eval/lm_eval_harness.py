@@ -87,7 +87,7 @@ def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
             harness,
             tasks=tasks,
             task_manager=manager,
-            apply_chat_template=bool(harness.tokenizer.chat_template),
+            apply_chat_template=section.lm_eval_chat,
             bootstrap_iters=1000,  # for metrics that have no formula for their standard error
         )
     except (ConnectionError, FileNotFoundError) as error:
