@@ -75,7 +75,7 @@ def submit(script: Path) -> str:
         BadInput: there is no sbatch on this machine, or it refuses the script.
     """
     try:
-        done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True)
+        done = subprocess.run(["sbatch", str(script.absolute())], capture_output=True, text=True)
     except FileNotFoundError:
         raise BadInput(
             "--submit: there is no sbatch on this machine; submit from a login node of the cluster"

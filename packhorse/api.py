@@ -75,7 +75,7 @@ def prepare(recipe: PathLike, changes: Mapping[str, Any] | None = None) -> dict[
         RunFailed: anything else went wrong.
     """
     with tempfile.TemporaryDirectory() as out:
-        _run("prepare", recipe, *_overrides(changes), "--out", out)
+        _run("prepare", [recipe, *_overrides(changes)], _options(out=out))
         report = Path(out) / "data.json"
         return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
 
@@ -99,7 +99,7 @@ def train(
     """
     run_dir = Path(load_recipe(recipe, changes).run.dir)
     options = _options(nproc=nproc, extend=extend)
-    code = _run("train", recipe, *_overrides(changes), *options, logs=run_dir / "logs")[0]
+    code = _run("train", [recipe, *_overrides(changes)], options, logs=run_dir / "logs")[0]
 
     from packhorse.trainer.checkpoint import best, checkpoint
     from packhorse.trainer.utils.json_lines import read_json_lines
@@ -148,7 +148,7 @@ def evaluate(
     """
     options = _options(step=step, best=best, out=out, nproc=nproc, ema=ema)
     options += _options(trust_run=trust_run)
-    written = _run("eval", model, recipe, *_overrides(changes), *options)[1]
+    written = _run("eval", [model, recipe, *_overrides(changes)], options)[1]
 
     from packhorse.trainer.checkpoint.best import numbers
     from packhorse.trainer.eval.compare import read_results
@@ -183,7 +183,7 @@ def export(
         RunFailed: anything else went wrong.
     """
     options = _options(out=out, step=step, best=best, merge=merge, overwrite=overwrite, ema=ema)
-    _run("export", run_dir, *options, *_options(trust_run=trust_run))
+    _run("export", [run_dir], options + _options(trust_run=trust_run))
     return Path(out)
 
 
@@ -213,7 +213,9 @@ def _options(**given: Any) -> list[str]:
     ]
 
 
-def _run(command: str, *arguments: PathLike, logs: Path | None = None) -> tuple[int, str]:
+def _run(
+    command: str, arguments: list[PathLike], options: list[str], logs: Path | None = None
+) -> tuple[int, str]:
     """Run the command, and show what it says. Returns its exit code, 0 or for `train` 75, and the
     last line that it printed.
 
@@ -225,9 +227,11 @@ def _run(command: str, *arguments: PathLike, logs: Path | None = None) -> tuple[
     from packhorse.trainer.cli.worker import exit_with
     from packhorse.trainer.config.packaged import MAIN
 
+    # a path may begin with `-`
+    words = [*options, "--", *(os.fspath(argument) for argument in arguments)]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
         process = subprocess.Popen(
-            [sys.executable, MAIN, command, *(os.fspath(argument) for argument in arguments)],
+            [sys.executable, MAIN, command, *words],
             env={k: value for k, value in os.environ.items() if not _OF_WORKERS.fullmatch(k)},
             stdin=subprocess.DEVNULL,
             stdout=printed,

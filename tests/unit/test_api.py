@@ -72,12 +72,20 @@ def test_a_run_gives_what_its_folder_holds(
     command(ARGUMENTS + A_RUN + f"sys.exit({code})")
     result = packhorse.train("debug", {"optim.lr": 0.5}, nproc=2)
     assert json.loads(Path("arguments.json").read_text()) == [
-        *("train", "debug", "optim.lr=0.5", "--nproc=2"),
+        *("train", "--nproc=2", "--", "debug", "optim.lr=0.5"),
     ]
     assert (result.run_dir, result.done) == (Path("runs/debug"), done)
     assert result.losses == {1: 9.0, 2: 4.0}
     assert result.evaluations == {2: {"eval_loss": 3.0, "exact": 0.5, "judge": None}}
     assert result.checkpoint is None
+
+
+def test_a_path_that_begins_with_a_dash_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(packhorse.BadInput, match="-x: not a run folder"):
+        packhorse.export("-x", "-out")
 
 
 def test_bad_input_is_raised_with_the_commands_sentence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -17,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from packhorse.trainer.cli.main import app
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval import chat
 from packhorse.trainer.eval.chat import _Pieces
 from tests.ranks import ROOT
 
@@ -161,6 +164,84 @@ def test_weights_that_are_a_pickle_are_not_read(model_dir: Path, tmp_path: Path)
     assert "no file named model.safetensors" in str(done.exception)
 
 
+def changed(folder: Path, name: str, **keys: Any) -> None:
+    """Set keys of a JSON file in the folder."""
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def refusal(folder: Path) -> str:
+    """Return the sentence with which the command refuses the folder."""
+    done = CliRunner().invoke(app, ["chat", str(folder)], input="word")
+    assert isinstance(done.exception, BadInput), (done.output, done.exception)
+    return str(done.exception)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["evil/kernel", "evil/kernel@main:fn", {"": "evil/kernel"}])
+def test_a_kernel_that_a_configuration_names_is_not_downloaded(
+    model_dir: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    changed(folder, "config.json", **{key: value})
+    assert "names a kernel of the hub" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("../elsewhere.safetensors", "no safetensors file beside it"),
+        ("pickle.bin", "no safetensors file beside it"),
+        ("pipe.safetensors", "there is no file pipe.safetensors"),
+        (5, "no safetensors file beside it"),
+    ],
+)
+def test_an_index_of_weights_names_safetensors_beside_it_alone(
+    model_dir: Path, tmp_path: Path, file: Any, sentence: str
+) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    torch.save(tensors, folder / "pickle.bin")
+    os.mkfifo(folder / "pipe.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert sentence in refusal(folder)
+
+
+def test_a_configuration_names_no_pickle_of_weights(model_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+    changed(folder, "config.json", transformers_weights="adapter_model.bin")
+    assert "names 'adapter_model.bin', no safetensors file" in refusal(folder)
+
+
+def test_a_model_that_lacks_weights_does_not_answer_by_random_ones(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "lacks weights" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("tokenizer_config.json", {"model_max_length": "many"}),
+        ("generation_config.json", {"stop_strings": 5}),
+        ("config.json", {"quantization_config": {"load_in_4bit": True}}),
+    ],
+)
+def test_what_generation_cannot_use_is_a_sentence(
+    model_dir: Path, tmp_path: Path, file: str, keys: dict[str, Any]
+) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    changed(folder, file, **keys)
+    assert "the model cannot answer" in refusal(folder)
+
+
 def test_questions_that_are_no_text_are_named(model_dir: Path) -> None:
     for words, text, sentence in (
         ([], b"hi\ncaf\xff\n", "line 2 of stdin is no text in UTF-8"),
@@ -202,6 +283,32 @@ def test_an_adapter_answers_on_the_base_that_it_names(model_dir: Path, tmp_path:
     file.write_text("{}")
     refused = CliRunner().invoke(app, ["chat", str(file.parent)], input="word")
     assert "names no base model" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"peft_type": "XLORA"}, "its peft_type is 'XLORA'"),
+        ({"target_modules": "["}, "does not fit"),
+        ({"init_lora_weights": 5}, "does not fit"),
+        ({"megatron_config": {"a": 1}}, "does not fit"),
+        ({"layer_replication": [[0, 99999999]]}, "does not fit"),
+        ({"target_modules": "(.+)+!"}, "within 1 s of computing"),
+    ],
+)
+def test_a_strangers_adapter_ends_and_is_a_sentence(
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, Any],
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(chat, "_ADAPTER_S", 1)
+    folder = tmp_path / "adapter"
+    base: Any = AutoModelForCausalLM.from_pretrained(model_dir)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(folder))
+    changed(folder, "adapter_config.json", **keys)
+    assert sentence in refusal(folder)
 
 
 def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(model_dir: Path) -> None:

@@ -105,9 +105,14 @@ def test_aliases_do_not_unfold_without_end(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r.yaml")
 
 
-def test_an_endless_recipe_is_refused() -> None:
-    with pytest.raises(BadInput, match="/dev/zero: has more than 1,000,000 characters"):
-        load_recipe(Path("/dev/zero"))
+def test_an_endless_recipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for endless in (Path("/dev/zero"), tmp_path / "pipe.yaml"):
+        with pytest.raises(BadInput, match=f"{endless}: is no plain file"):
+            load_recipe(endless)
+    (tmp_path / "rows.yaml").write_text("a: 1\n" * 300_000)
+    with pytest.raises(BadInput, match="has more than 1,000,000 characters"):
+        load_recipe(tmp_path / "rows.yaml")
 
 
 def test_merge_keys_are_allowed(tmp_path: Path) -> None:

@@ -88,6 +88,14 @@ def test_a_damaged_note_of_what_was_pushed_is_said(tmp_path):
         push_run(tmp_path, "me/it", 3)
 
 
+def test_a_run_folder_that_begins_with_a_dash_is_a_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("-x").mkdir()
+    with pytest.raises(BadInput, match="was not pushed"):
+        push_run(Path("-x"), "me/it", 3)
+    assert "-x: not a run folder" in capfd.readouterr().err
+
+
 def test_a_name_that_is_no_repository_is_refused():
     with pytest.raises(BadInput, match="`push_to_hub` is the name of a repository, as org/name"):
         load_recipe(ROOT / "recipes" / "debug.yaml", ["run.push_to_hub=https://x/y"])

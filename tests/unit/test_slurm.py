@@ -163,6 +163,14 @@ def test_a_further_line_that_would_break_the_script_is_refused(line, sentence):
         rendered(further=[line])
 
 
+def test_a_script_that_begins_with_a_dash_is_no_option_of_sbatch(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "Submitted %s" "$*"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    assert submit(Path("-x.sh")) == f"Submitted {tmp_path}/-x.sh"
+
+
 def test_without_sbatch_nothing_can_be_submitted(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BadInput, match="no sbatch on this machine"):

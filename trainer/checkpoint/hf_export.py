@@ -27,6 +27,7 @@ from packhorse.trainer.model.attention import other_attention
 from packhorse.trainer.model.load import (
     load_config,
     load_model,
+    load_pretrained,
     load_tokenizer,
     model_class,
     persistent_buffers,
@@ -39,7 +40,6 @@ from packhorse.trainer.model.lora import (
 )
 from packhorse.trainer.model.quantisation import parts_of
 from packhorse.trainer.utils import own_output
-from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import apply_umask
 from packhorse.trainer.utils.progress import show_bars_of_transformers, track
 
@@ -172,7 +172,10 @@ def write_folder(
     # that, but none with memory of its own
     with torch.device("meta"):
         model = model_class(config).from_config(
-            config, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=trust
+            config,
+            dtype=getattr(torch, recipe.model.dtype),
+            attn_implementation="eager",  # else the folder's own choice, which may be foreign code
+            trust_remote_code=trust,
         )
     model.generation_config = GenerationConfig.from_pretrained(source)
     model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="5GB")
@@ -277,13 +280,8 @@ def _write_adapter(
     apply_umask(folder)
 
     base_config = load_config(section)
-    base = model_class(base_config).from_pretrained(
-        local_folder(section.name, "model.name", weights=True) or section.name,
-        config=base_config,
-        revision=section.revision,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=section.trust_remote_code,
+    base = load_pretrained(
+        model_class(base_config).from_pretrained, section, "model", config=base_config, dtype=dtype
     )
     loaded: Any = PeftModel.from_pretrained(base, str(folder))
     again = get_peft_model_state_dict(loaded, save_embedding_layers=False)

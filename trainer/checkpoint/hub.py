@@ -117,9 +117,9 @@ def push_run(run_dir: Path, repo: str, last: int) -> None:
     torch.cuda.empty_cache()  # an export may need the GPU
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
     environ = {name: value for name, value in os.environ.items() if name not in ranks}
-    command = [sys.executable, MAIN, "export", str(run_dir), f"--out={run_dir / 'export'}"]
+    command = [sys.executable, MAIN, "export", f"--out={run_dir / 'export'}", f"--step={step}"]
     # whoever started the run has consented to what its recipe runs
-    command += [f"--step={step}", f"--push={repo}", "--overwrite", "--trust-run"]
+    command += [f"--push={repo}", "--overwrite", "--trust-run", "--", str(run_dir)]
     log.info("exporting and pushing step %d to %s", step, repo)
     code = subprocess.run(command, env=environ, check=False).returncode
     if code:

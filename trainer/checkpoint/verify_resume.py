@@ -189,10 +189,10 @@ def _train_all(
 
 def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Path) -> None:
     started = time.monotonic()
-    command = [sys.executable, MAIN, "train", str(recipe_file), *changes]
+    command = [sys.executable, MAIN, "train", "--nproc", str(world)]
     with log.open("ab") as out:
         code = subprocess.run(
-            [*command, "--nproc", str(world)], stdout=out, stderr=out, check=False
+            [*command, "--", str(recipe_file), *changes], stdout=out, stderr=out, check=False
         ).returncode
     if code not in (DONE, SAVED_RUN_AGAIN):
         end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])

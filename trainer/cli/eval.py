@@ -125,8 +125,8 @@ def _score(
 
     recipe = read_recipe(recipe_file, changes)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    arguments = [recipe.model.name, str(recipe_file), *changes]
-    worker = [MAIN, "eval", *arguments, "--out", str(out), "--step", str(step)]
+    arguments = ["--", recipe.model.name, str(recipe_file), *changes]  # a path may begin with `-`
+    worker = [MAIN, "eval", f"--out={out}", f"--step={step}", *arguments]
     code = launch(worker, out, nproc=nproc)
     if code == DONE:
         if tasks:

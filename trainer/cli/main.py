@@ -131,7 +131,7 @@ def train(
         from packhorse.launch.local import launch
     from packhorse.trainer.config.packaged import MAIN
 
-    arguments = [str(recipe_file), *(overrides or ()), *(["--extend"] if extend else [])]
+    arguments = [*(["--extend"] if extend else []), "--", str(recipe_file), *(overrides or ())]
     code = launch(
         [MAIN, "train", *arguments],
         Path(recipe.run.dir),

@@ -138,6 +138,8 @@ def parse_yaml(text: str) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file. Raises BadInput if it cannot be read."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise BadInput(f"{path}: is no plain file; give one, as its copy")
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MOST_CHARACTERS + 1)

@@ -8,7 +8,8 @@ which an export has from training.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.sections import ModelSection
 from packhorse.trainer.data.template_call import call_template, wants_parts, with_parts
 from packhorse.trainer.datatypes import BadInput, RowError
-from packhorse.trainer.model.load import load_pretrained, load_tokenizer
+from packhorse.trainer.model.load import load_pretrained, load_tokenizer, pretrained_model
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.text import error_line
-from packhorse.trainer.utils.time_limit import memory_limited
+from packhorse.trainer.utils.time_limit import OutOfTime, interrupted_after, memory_limited
 
 ADAPTER = "adapter_config.json"
+_ADAPTER_S = 600  # of processor time to put an adapter onto its base
 Message = dict[str, str]
 """role and content."""
 
@@ -81,13 +83,12 @@ class Chat:
             KeyboardInterrupt: Ctrl-C; what was shown until then is all there is.
         """
         text = self._render([*map(with_parts, messages)] if self._in_parts else [*messages])
-        prompt = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        prompt = prompt.to(self._model.device)
-        count = prompt["input_ids"].shape[1]
         pieces = _Pieces(self._tokenizer, show)
-        self._model.generate(
-            **prompt, max_new_tokens=self._room(count), streamer=pieces, **self._how
-        )
+        with _faults_of("the model cannot answer"):
+            prompt = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            prompt = prompt.to(self._model.device)
+            room = self._room(prompt["input_ids"].shape[1])
+            self._model.generate(**prompt, max_new_tokens=room, streamer=pieces, **self._how)
         return pieces.text
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
@@ -119,31 +120,53 @@ def is_adapter(name: str) -> bool:
 
 def _load(name: str) -> tuple[Any, Any]:
     """Return tokenizer and model. An adapter is put onto the base that it names."""
-    from transformers import AutoModelForCausalLM
-
-    load = AutoModelForCausalLM.from_pretrained
     if not is_adapter(name):
         section = ModelSection(name=name)
-        return load_tokenizer(section), load_pretrained(load, section, "model", dtype="auto")
+        return load_tokenizer(section), _load_model(section)
     from peft import PeftModel
 
     folder = Path(name).expanduser()
     try:
         facts = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         base = ModelSection(name=facts["base_model_name_or_path"], revision=facts.get("revision"))
-    except (ValueError, KeyError, TypeError) as error:
+        kind = facts.get("peft_type")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{folder / ADAPTER}: names no base model ({error_line(error)})") from None
+    if kind != "LORA":  # XLORA loads further adapters by name, and some kinds load tokenizers
+        raise BadInput(f"{folder / ADAPTER}: its peft_type is {kind!r:.50}; give a LORA adapter")
     if not (folder / "adapter_model.safetensors").is_file():  # peft would read a pickle instead
         raise BadInput(f"{folder}: an adapter without adapter_model.safetensors")
     local_folder(name, "an adapter", weights=True)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(ModelSection(name=str(folder)) if has_tokenizer else base)
     dist.log.info("the adapter %s on %s", folder, base.name)
-    model = load_pretrained(load, base, "model", dtype="auto")
+    model = _load_model(base)
     try:
-        return tokenizer, PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder}: does not fit {base.name} ({error_line(error, 300)})") from None
+        with _faults_of(f"{folder}: does not fit {base.name}"), interrupted_after(_ADAPTER_S):
+            return tokenizer, PeftModel.from_pretrained(model, str(folder))
+    except OutOfTime:  # as (a+)+$ among its target_modules
+        raise BadInput(
+            f"{folder}: was not put onto {base.name} within {_ADAPTER_S} s of computing; make the "
+            f"patterns in its {ADAPTER} simpler"
+        ) from None
+
+
+@contextmanager
+def _faults_of(sentence: str) -> Iterator[None]:
+    """Turn what a stranger's configuration makes libraries raise into BadInput."""
+    try:
+        yield
+    except (BadInput, OutOfTime, OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # not the configuration's fault, or said better elsewhere
+    except Exception as error:
+        raise BadInput(f"{sentence} ({error_line(error, 300)})") from None
+
+
+def _load_model(section: ModelSection) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = load_pretrained(AutoConfig.from_pretrained, section, "configuration")
+    return pretrained_model(AutoModelForCausalLM, section, config, {"dtype": "auto"})
 
 
 class _Pieces:

@@ -22,6 +22,7 @@ from packhorse.trainer.model import attention, liger_layers
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.conversions import alike_in_shards
+from packhorse.trainer.model.foreign_files import require_no_kernel, require_safetensors
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
 from packhorse.trainer.model.new_weights import (
     add_embeddings,
@@ -132,16 +133,21 @@ def load_pretrained(
 ) -> Any:
     """Call a `from_pretrained` for the section's model; turn its errors into BadInput."""
     folder = local_folder(section.name, "model.name", weights=what == "model")
-    if what == "model":
-        arguments["use_safetensors"] = True  # the older kind of file is a pickle
+    place = str(folder or section.name)
     try:
-        return from_pretrained(
-            str(folder or section.name),
+        if what == "model":
+            require_safetensors(place, section.revision, arguments.get("config"))
+            arguments["use_safetensors"] = True  # the older kind of file is a pickle
+        loaded = from_pretrained(
+            place,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
             **arguments,
         )
-    except (MemoryError, torch.OutOfMemoryError):
+        if what == "configuration" and not section.trust_remote_code:
+            require_no_kernel(loaded, section.name)
+        return loaded
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
         raise  # another file would not help
     except Exception as error:
         if error.args == (arguments.get("attn_implementation"),):
@@ -227,7 +233,7 @@ def _build(
     if section.init == "random":
         return _random_model(section, config, seed, gathered, arguments)
     with _loading_shown(), loaded_weights_kept(gathered), alike_in_shards():
-        return _pretrained_model(section, config, arguments)
+        return pretrained_model(model_class(config), section, config, arguments)
 
 
 def _drop_unused_sampling(model: Any) -> None:
@@ -316,9 +322,12 @@ def _embedding_rows(section: ModelSection, config: Any, tokenizer: Any) -> tuple
     return max([rows, *(i + 1 for i in new_ids)]), new_ids
 
 
-def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, Any]) -> Any:
+def pretrained_model(
+    cls: Any, section: ModelSection, config: Any, arguments: dict[str, Any]
+) -> Any:
+    """Return a model of the class with the section's weights. Raises BadInput if any is missing."""
     model, info = load_pretrained(
-        model_class(config).from_pretrained,
+        cls.from_pretrained,
         section,
         "model",
         config=config,
