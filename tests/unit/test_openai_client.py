@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import pytest
@@ -208,8 +209,8 @@ def test_half_a_surrogate_pair_is_no_character() -> None:
 
 
 @contextmanager
-def dripping(head: bytes, pause_s: float) -> Iterator[str]:
-    """Give the address of a server that sends `head`, and then a space now and then, for ever."""
+def dripping(head: bytes, pause_s: float, piece: bytes = b" " * 1000) -> Iterator[str]:
+    """Give the address of a server that sends `head`, and then a piece now and then, for ever."""
     ended = threading.Event()
 
     def serve() -> None:
@@ -222,7 +223,7 @@ def dripping(head: bytes, pause_s: float) -> Iterator[str]:
         with connection, suppress(OSError):
             connection.sendall(head)
             while not ended.wait(pause_s):
-                connection.sendall(b" " * 1000)
+                connection.sendall(piece)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, daemon=True).start()
@@ -235,6 +236,18 @@ def test_an_answer_that_never_ends_is_given_up(head: bytes, monkeypatch: Any) ->
     monkeypatch.setattr(openai_client, "_GRACE_S", 0.1)
     with dripping(head, 0.02) as url, pytest.raises(Unreachable, match=r"within 0\.3 s"):
         ask(url, timeout_s=0.3)
+
+
+def test_a_server_whose_head_never_ends_is_not_waited_for_at_the_start(monkeypatch: Any) -> None:
+    monkeypatch.setattr(openai_client, "_GRACE_S", 0.1)
+    still_working = b"HTTP/1.1 100 Continue\r\n\r\n"
+    with (
+        dripping(still_working, 0.02, still_working) as url,
+        Client(endpoint(url, timeout_s=0.3)) as client,
+    ):
+        asking = ThreadPool(1).apply_async(client.check)
+        with pytest.raises(Unreachable, match=r"within 0\.3 s"):
+            asking.get(LIMIT_S)
 
 
 def test_an_answer_that_is_too_long_is_given_up(monkeypatch: Any) -> None:

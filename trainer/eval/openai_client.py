@@ -113,7 +113,7 @@ class Client:
         does on a machine that has never had a model of the hub.
         """
         try:
-            self._request("GET", "models", None, 0.0, threading.Event())
+            self._send_all("GET", "models", [None], 0.0)
         except Refused as refusal:
             if refusal.status in _NO_SERVICE:
                 raise
@@ -128,15 +128,21 @@ class Client:
             Unreachable: one request got no reply; the others are given up.
             Stopped: `stopping` returned True.
         """
+        filled = [{**body, **self._server.extra} for body in bodies]
+        filled = [{key: v for key, v in body.items() if v is not None} for body in filled]
+        return self._send_all(
+            "POST", path, filled, self._patience_s if patience_s is None else patience_s
+        )
+
+    def _send_all(self, method: str, path: str, bodies: Sequence[Any], patience_s: float) -> list:
+        """Send a request for each body; return the replies. No wait is longer than all limits of a
+        request, which a server may evade that sends a head of its answer without end."""
         given_up = threading.Event()
-        patience_s = self._patience_s if patience_s is None else patience_s
         begun: dict[int, float] = {}
 
         def send(number: int) -> tuple[int, Any]:
-            fields = {**bodies[number], **self._server.extra}
-            body = {key: value for key, value in fields.items() if value is not None}
             begun[number] = time.monotonic()
-            return number, self._request("POST", path, body, patience_s, given_up)
+            return number, self._request(method, path, bodies[number], patience_s, given_up)
 
         # its threads are daemons, so that no exit of the process waits for an answer
         pool = ThreadPool(min(self._requests, len(bodies)) or 1)
