@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -99,6 +101,37 @@ def test_a_picture_that_lies_in_a_store_is_replaced_and_not_written_through(debu
     summary.write(run, prepared, plan, None)
     assert (run / "data.png").read_bytes().startswith(b"\x89PNG")
     assert stored.read_bytes() == b"of an earlier start"
+
+
+DRAWN = """
+import sys
+import numpy as np
+from packhorse.trainer.data import summary
+from packhorse.trainer.report.figures import Bars, draw_bars
+summary.histograms = lambda *_: [summary.Histogram("a", "b", np.array([0, 1]), np.array([1]))]
+summary.summary = summary.of_eval = lambda *_: {}
+summary.write(summary.Path(sys.argv[1]), None, None, None)
+print(draw_bars("a", "b", "c", [Bars(0, [0.0, 1.0], [1.0])]))
+"""
+
+
+@pytest.mark.parametrize("settings", ["text.usetex: True", "figure.dpi: 1000000", "pipe"])
+def test_figures_are_the_same_whatever_settings_lie_in_the_folder(tmp_path: Path, settings: str):
+    def draw_in(folder: Path) -> tuple[str, bytes]:
+        command = [sys.executable, "-c", DRAWN, str(folder)]
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=60, check=True
+        )
+        return done.stdout, (folder / "data.png").read_bytes()
+
+    plain, odd = tmp_path / "plain", tmp_path / "odd"
+    plain.mkdir()
+    odd.mkdir()
+    if settings == "pipe":
+        os.mkfifo(odd / "matplotlibrc")
+    else:
+        (odd / "matplotlibrc").write_text(settings)
+    assert draw_in(odd) == draw_in(plain)
 
 
 def bar_heights(histogram: Histogram) -> list[list[float]]:

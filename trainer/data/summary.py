@@ -20,6 +20,7 @@ from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.prepare import Prepared
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.files import replace_file, write_json
+from packhorse.trainer.utils.plain_figures import plain_figures
 from packhorse.trainer.utils.tables import ShortPath, plain_cell
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def write(folder: Path, train: Prepared, plan: Plan, held_out: Prepared | None) 
     """Write data.json (see `summary`) and data.png (see `picture`) into `folder`."""
     found = {"train": summary(train, plan), **of_eval(held_out)}
     write_json(folder / "data.json", found)
-    with replace_file(folder / "data.png", "wb") as file:
+    with replace_file(folder / "data.png", "wb") as file, plain_figures():
         picture(train, plan).savefig(file, format="png")
 
 

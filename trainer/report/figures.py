@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from packhorse.trainer.utils.plain_figures import plain_figures
+
 COLOURS = 8  # of runs; a ninth run has the first one's again, with other dashes
 _DASHES: tuple[Any, ...] = (
     "-",
@@ -54,6 +56,7 @@ class Bars:
     counts: Sequence[float]
 
 
+@plain_figures()
 def draw_curves(
     name: str, y_label: str, curves: Sequence[Curve], *, points: bool = False, zero: bool = False
 ) -> Markup:
@@ -118,6 +121,7 @@ def _spans_decades(curves: Sequence[Curve]) -> bool:
     return bool(values.min() > 0 and values.max() > 30 * np.median(values))
 
 
+@plain_figures()
 def draw_bars(name: str, x_label: str, y_label: str, runs: Sequence[Bars]) -> Markup:
     """Draw the outlines of histograms over each other."""
     figure, axes = _start(x_label, y_label)
@@ -133,6 +137,7 @@ def draw_bars(name: str, x_label: str, y_label: str, runs: Sequence[Bars]) -> Ma
     return _as_svg(figure, name)
 
 
+@plain_figures()
 def draw_sample(run: int) -> Markup:
     """Draw a short piece of a run's line with its marker, for a legend."""
     from matplotlib.figure import Figure
