@@ -177,7 +177,7 @@ def test_a_model_that_cannot_be_traced_takes_the_preferred_kernel(
     def fails(*_: Any, **__: Any) -> Any:
         raise KeyError("packhorse_fused")  # as in Falcon's own table of kernels
 
-    monkeypatch.setattr(estimated_model, "decoder_of", fails)
+    monkeypatch.setattr(estimated_model.decoder, "decoder_of", fails)
     assert chosen(tmp_path) == "flash_attn 3"
 
 
