@@ -111,16 +111,17 @@ class SignedStore:
             self.set(name, value)
 
     def get(self, name: str) -> bytes:
-        return self._verify(name, self._store.get(self._prefix + name))
+        return self._verify(name, self._read("get", self._prefix + name))
 
     def multi_get(self, names: Sequence[str]) -> list[bytes]:
-        found = self._store.multi_get([self._prefix + name for name in names])
+        found = self._read("multi_get", [self._prefix + name for name in names])
         return [self._verify(name, signed) for name, signed in zip(names, found)]
 
     def compare_set(self, name: str, expected: str, desired: str) -> bytes:
         before = self._sign(name, expected) if expected else ""  # "": there is no value
         after = self._sign(name, desired)
-        return self._verify(name, self._store.compare_set(self._prefix + name, before, after))
+        found = self._read("compare_set", self._prefix + name, before, after)
+        return self._verify(name, found)
 
     def add(self, name: str, number: int) -> int:
         return self._store.add(self._prefix + name, number)
@@ -130,6 +131,15 @@ class SignedStore:
 
     def check(self, names: Sequence[str]) -> bool:
         return self._store.check([self._prefix + name for name in names])
+
+    def _read(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._store, method)(*arguments)
+        except MemoryError:  # torch makes room for whatever length it is told
+            raise Forged(
+                "what answers at the rendezvous host is longer than memory allows: it is no "
+                "launcher of this run, or somebody else writes to the port"
+            ) from None
 
     def _sign(self, name: str, value: str | bytes) -> str:
         text = value.decode() if isinstance(value, bytes) else value

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from packhorse.launch import rendezvous, signed_store
 from packhorse.launch.signed_store import SECRET, Forged, SignedStore, read_secret
@@ -224,6 +224,26 @@ def test_what_is_not_signed_by_us_for_this_name_is_not_read(plain, how):
         tampered(plain, how)
         with pytest.raises(Forged, match="not signed with the"):
             read()
+
+
+def test_an_answer_that_no_memory_holds_is_not_read():
+    real = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def answer() -> None:
+        connection = listener.accept()[0]
+        with connection, socket.create_connection(("127.0.0.1", real.port)) as server:
+            server.sendall(connection.recv(64))
+            connection.sendall(server.recv(4))  # the number that a store sends back
+            while connection.recv(4096):
+                connection.sendall((1 << 44).to_bytes(8, "little"))  # the length of a value
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, daemon=True).start()
+        port, limit = listener.getsockname()[1], timedelta(seconds=30)
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+        with pytest.raises(Forged, match="longer than memory allows"):
+            SignedStore(store, b"secret").compare_set("a", "", "value")
+        del store
 
 
 # ------------------------------------------------------------------------------------------ secret
