@@ -12,8 +12,10 @@ import errno
 import ipaddress
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -148,10 +150,20 @@ def _open_store(
                     raise BadInput(f"{endpoint}: the port cannot be used ({error})") from None
             time.sleep(1)
     _wait_for_host(endpoint, end, log)
-    try:
-        return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_STORE_S))
-    except (RuntimeError, ValueError):
-        raise BadInput(_nobody_answers(endpoint)) from None
+    opened: list[TCPStore] = []
+
+    def connect() -> None:
+        limit = timedelta(seconds=_STORE_S)
+        with suppress(RuntimeError, ValueError):
+            opened.append(TCPStore(host, int(port), is_master=False, timeout=limit))
+
+    # torch waits without end for one that takes the connection and never answers
+    thread = threading.Thread(target=connect, name="rendezvous", daemon=True)
+    thread.start()
+    thread.join(2 * _STORE_S)
+    if not opened:
+        raise BadInput(_nobody_answers(endpoint))
+    return opened[0]
 
 
 def _serve(

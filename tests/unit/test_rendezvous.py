@@ -226,6 +226,14 @@ def test_what_is_not_signed_by_us_for_this_name_is_not_read(plain, how):
             read()
 
 
+def test_one_that_takes_the_connection_and_never_answers_is_no_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_STORE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(BadInput, match="nobody answers at"):
+            rendezvous.meet(endpoint, (2, 2), False, "x", 1, tmp_path, print)
+
+
 def test_an_answer_that_no_memory_holds_is_not_read():
     real = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
