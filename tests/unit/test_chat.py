@@ -216,6 +216,15 @@ def test_a_configuration_names_no_pickle_of_weights(model_dir: Path, tmp_path: P
     assert "names 'adapter_model.bin', no safetensors file" in refusal(folder)
 
 
+@pytest.mark.parametrize("key", ["num_labels", "num_hidden_layers"])
+def test_a_configuration_of_a_billion_parts_is_refused(
+    model_dir: Path, tmp_path: Path, key: str
+) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    changed(folder, "config.json", **{key: 10**9})
+    assert f"`{key}` is 1e+09; no model has so many" in refusal(folder)
+
+
 def test_a_model_that_lacks_weights_does_not_answer_by_random_ones(
     model_dir: Path, tmp_path: Path
 ) -> None:

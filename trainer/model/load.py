@@ -18,11 +18,10 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection, ModelSection
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model import attention, liger_layers
+from packhorse.trainer.model import attention, foreign_files, liger_layers
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.conversions import alike_in_shards
-from packhorse.trainer.model.foreign_files import require_no_kernel, require_safetensors
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
 from packhorse.trainer.model.new_weights import (
     add_embeddings,
@@ -135,8 +134,9 @@ def load_pretrained(
     folder = local_folder(section.name, "model.name", weights=what == "model")
     place = str(folder or section.name)
     try:
+        foreign_files.require_buildable(place, section.revision)
         if what == "model":
-            require_safetensors(place, section.revision, arguments.get("config"))
+            foreign_files.require_safetensors(place, section.revision, arguments.get("config"))
             arguments["use_safetensors"] = True  # the older kind of file is a pickle
         loaded = from_pretrained(
             place,
@@ -145,7 +145,7 @@ def load_pretrained(
             **arguments,
         )
         if what == "configuration" and not section.trust_remote_code:
-            require_no_kernel(loaded, section.name)
+            foreign_files.require_no_kernel(loaded, section.name)
         return loaded
     except (BadInput, MemoryError, torch.OutOfMemoryError):
         raise  # another file would not help
