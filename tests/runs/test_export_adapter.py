@@ -60,6 +60,7 @@ def runs(root: Path) -> dict[str, Path]:
         section = load_recipe(ROOT / "recipes" / "debug.yaml", [f"model.name={base}"]).model
         model = load_model(section, load_tokenizer(section), seed=3)
         model.save_pretrained(base)
+    torch.manual_seed(0)
     start = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(model, start).save_pretrained(str(root / "earlier"))
     for name, (stage, adapter) in ADAPTERS.items():
