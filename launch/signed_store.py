@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import stat
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -25,6 +26,7 @@ from packhorse.trainer.datatypes import BadInput
 SECRET = ".rendezvous-secret"  # noqa: S105 -- its file in the run folder
 _SECRET_BYTES = 32
 _WHOLE_S = 10.0  # to wait for the node that writes it
+_ANSWER_S = 30.0  # to wait for an answer, beside what the store itself may wait for a value
 _READ_S = 5.0  # launchers look at the rendezvous every second
 
 
@@ -104,42 +106,67 @@ class SignedStore:
         return self._store.timeout
 
     def set(self, name: str, value: str | bytes) -> None:
-        self._store.set(self._prefix + name, self._sign(name, value))
+        self._call("set", self._prefix + name, self._sign(name, value))
 
     def multi_set(self, names: Sequence[str], values: Sequence[str | bytes]) -> None:
         for name, value in zip(names, values):
             self.set(name, value)
 
     def get(self, name: str) -> bytes:
-        return self._verify(name, self._read("get", self._prefix + name))
+        return self._verify(name, self._call("get", self._prefix + name))
 
     def multi_get(self, names: Sequence[str]) -> list[bytes]:
-        found = self._read("multi_get", [self._prefix + name for name in names])
+        found = self._call("multi_get", [self._prefix + name for name in names])
         return [self._verify(name, signed) for name, signed in zip(names, found)]
 
     def compare_set(self, name: str, expected: str, desired: str) -> bytes:
         before = self._sign(name, expected) if expected else ""  # "": there is no value
         after = self._sign(name, desired)
-        found = self._read("compare_set", self._prefix + name, before, after)
+        found = self._call("compare_set", self._prefix + name, before, after)
         return self._verify(name, found)
 
     def add(self, name: str, number: int) -> int:
-        return self._store.add(self._prefix + name, number)
+        return self._call("add", self._prefix + name, number)
 
     def wait(self, names: Sequence[str], *timeout: timedelta) -> None:
-        self._store.wait([self._prefix + name for name in names], *timeout)
+        self._call("wait", [self._prefix + name for name in names], *timeout)
 
     def check(self, names: Sequence[str]) -> bool:
-        return self._store.check([self._prefix + name for name in names])
+        return self._call("check", [self._prefix + name for name in names])
 
-    def _read(self, method: str, *arguments: Any) -> Any:
-        try:
-            return getattr(self._store, method)(*arguments)
-        except MemoryError:  # torch makes room for whatever length it is told
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Return what the store answers.
+
+        It is asked in a thread: torch waits for a host that is frozen or cut off without end, and
+        no signal is served meanwhile.
+
+        Raises:
+            RuntimeError: no answer, as torch's own where the connection is lost.
+        """
+        found: list[tuple[Any, BaseException | None]] = []
+
+        def ask() -> None:
+            try:
+                found.append((getattr(self._store, method)(*arguments), None))
+            except BaseException as error:
+                found.append((None, error))
+
+        waits = next((a for a in arguments if isinstance(a, timedelta)), self._store.timeout)
+        limit_s = waits.total_seconds() + _ANSWER_S
+        thread = threading.Thread(target=ask, name="rendezvous", daemon=True)
+        thread.start()
+        thread.join(limit_s)
+        if not found:
+            raise RuntimeError(f"the rendezvous host has not answered for {limit_s:.0f} s")
+        answer, error = found[0]
+        if isinstance(error, MemoryError):  # torch makes room for whatever length it is told
             raise Forged(
                 "what answers at the rendezvous host is longer than memory allows: it is no "
                 "launcher of this run, or somebody else writes to the port"
             ) from None
+        if error is not None:
+            raise error
+        return answer
 
     def _sign(self, name: str, value: str | bytes) -> str:
         text = value.decode() if isinstance(value, bytes) else value
@@ -157,7 +184,7 @@ class SignedStore:
             return value
         # The nodes that meet here read it as well, while the host's store is there: none of them
         # waits in vain for this one.
-        self._store.set(self._prefix + name, "forged")
+        self._call("set", self._prefix + name, "forged")
         time.sleep(_READ_S)
         raise Forged(
             f"what another process wrote at the rendezvous host is not signed with the {SECRET} "

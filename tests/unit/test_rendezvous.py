@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -255,6 +256,38 @@ def test_an_answer_that_no_memory_holds_is_not_read():
 
 
 # ------------------------------------------------------------------------------------------ secret
+
+
+HOST = """
+import time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_host_that_is_frozen_is_not_waited_for_and_signals_are_served(monkeypatch):
+    monkeypatch.setattr(signed_store, "_ANSWER_S", 2.0)
+    command = [sys.executable, "-c", HOST]
+    served: list[float] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: served.append(time.monotonic()))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as host:
+        try:
+            assert host.stdout is not None
+            port, limit = int(host.stdout.readline()), timedelta(seconds=1)
+            connected = TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+            store = SignedStore(connected, b"s" * 64)
+            store.set("name", "value")
+            assert store.get("name") == b"value"
+            host.send_signal(signal.SIGSTOP)
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            with pytest.raises(RuntimeError, match="the rendezvous host has not answered for 3 s"):
+                store.get("name")
+            assert time.monotonic() - served[0] > 1, "it was served while the store was asked"
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+            host.kill()
 
 
 def test_all_nodes_get_the_secret_that_one_of_them_made(tmp_path):
