@@ -73,7 +73,6 @@ class Job:
     grad_dtype: str = "float32"
     deepspeed: str = "zero1"  # packhorse's template
     matmul: str = "bf16"  # packhorse's
-    compile: str | bool = False  # packhorse's
     profile_step: int = 0  # that packhorse profiles; 0: none
     trl: dict[str, object] = field(
         default_factory=dict
@@ -132,7 +131,6 @@ def packhorse_command(job: Job, folder: Path, cache: Path) -> tuple[list[str], P
             "dtype": job.dtype,
             "activation_checkpointing": job.activation_checkpointing,
             "matmul": job.matmul,
-            "compile": job.compile,
         },
         "data": {"train": [{"path": job.source}], "train_on": "completion", "cache": str(cache)},
         "batch": {

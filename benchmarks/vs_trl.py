@@ -68,22 +68,15 @@ TRL_ARMS: dict[str, dict[str, Any]] = {
         "trl": BEST,
     },  # not TRL's: the loop's attention handed to it
     "trl_default": {"dtype": "float32", "packed": False},
-    "trl_compiled": {"attention": "eager", "trl": BEST | {"torch_compile": True}},
-}
-PACKHORSE: dict[str, dict[str, Any]] = {
-    "packhorse": {},
-    "packhorse_compiled": {"compile": "layers"},
 }
 LOOPS: dict[str, dict[str, Any]] = {
     "loop": {"attention": "documents"},
     "loop_products": {"attention": "products"},
     "loop_bf16_grads": {"attention": "documents", "grad_dtype": "bfloat16"},
 }
-KNOWN = (*PACKHORSE, *LOOPS, *TRL_ARMS)
+KNOWN = ("packhorse", *LOOPS, *TRL_ARMS)
 LABELS = {
     "packhorse": "packhorse",
-    "packhorse_compiled": "packhorse, compiled layers",
-    "trl_compiled": "TRL, compiled",
     "loop": "bare loop (ceiling)",
     "loop_products": "bare loop, attention by matrix products",
     "loop_bf16_grads": "bare loop, accumulating in bf16",
@@ -121,7 +114,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--arms",
         default=DEFAULT_ARMS,
-        help=f"of {', '.join(KNOWN)}",
+        help=f"of packhorse, loop, loop_bf16_grads, {', '.join(TRL_ARMS)}",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=7, help="optimizer steps of an arm")
@@ -207,9 +200,8 @@ def run_prepare(job: Job, work: Path) -> None:
 def run_one(arm: str, job: Job, options: argparse.Namespace, work: Path) -> Run:
     """One run of one arm in a folder of its own, which is removed when it went well."""
     folder = Path(tempfile.mkdtemp(prefix=f"{arm}.", dir=work))
-    if arm in PACKHORSE:
-        ours = replace(job, **PACKHORSE[arm])
-        command, metrics = packhorse_command(ours, folder, work / "cache")
+    if arm == "packhorse":
+        command, metrics = packhorse_command(job, folder, work / "cache")
     elif arm in LOOPS:
         command, metrics = arm_command("loop", replace(job, **LOOPS[arm]), folder)
     else:
